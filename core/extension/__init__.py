@@ -1,0 +1,1 @@
+"""The extension host: what plugins may contribute, how they are found, and what they brought."""
