@@ -1,0 +1,46 @@
+"""The data that flows through a step: types only, each of which a test can make by hand.
+
+T tokens in the batch, S sequences, R rows that need logits, H hidden size, V vocabulary, B blocks of a sequence,
+N media embeddings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+LayerCache = Mapping[str, Tensor]
+"""One layer's part of the paged cache by the names its KV format gives, such as "keys", "values"."""
+
+
+@dataclass(frozen=True, slots=True)
+class MediaRows:
+    """Embeddings that replace those of placeholder tokens: row rows[i] of the batch gets embeddings[i]."""
+
+    rows: Tensor  # [N] int64
+    embeddings: Tensor  # [N, H]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The tokens of one step, prefill pieces and decodes side by side."""
+
+    token_ids: Tensor  # [T] int64
+    positions: Tensor  # [T] int64
+    media: tuple[MediaRows, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardContext:
+    """What a forward needs besides the tokens; passed explicitly to every layer."""
+
+    query_start: Tensor  # [S + 1] int32: sequence s owns rows query_start[s] to query_start[s + 1]
+    kv_length: Tensor  # [S] int32: entries of sequence s after this step's have been written
+    block_table: Tensor  # [S, B] int32: blocks of each sequence in order
+    slots: Tensor  # [T] int64: where each token's entry goes (block * block_size + offset), -1 for padding
+    logit_rows: Tensor  # [R] int64: rows whose next token is wanted
+    max_query: int  # longest piece in the batch
+    max_kv: int  # longest kv_length
+    kv: tuple[LayerCache, ...]  # one for each layer that attends

@@ -1,0 +1,22 @@
+"""Sample: one set of arguments on which every provider of an op is held to the reference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Positional arguments of one call, named for the test report.
+
+    name: what is odd about it ("no tokens", "ties"). args: passed in order; tensors in them are cloned for each
+    provider, so an op may write into its arguments. written: positions in args of tensors (or mappings of tensors)
+    that the op writes and that are compared as well as the result. shape: the `Facts.shape` a model would state.
+    """
+
+    name: str
+    args: tuple[Any, ...]
+    written: tuple[int, ...] = ()
+    shape: tuple[tuple[str, int], ...] = ()
+    kv_dtype: str | None = None

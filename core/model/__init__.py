@@ -1,0 +1,1 @@
+"""The model toolkit: what architectures are declared with."""
