@@ -1,0 +1,1 @@
+"""Mixture-of-experts decoders: the router, the expert layer and the architectures that use them."""

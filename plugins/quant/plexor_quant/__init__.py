@@ -1,0 +1,1 @@
+"""Number formats for the weights, activations and cache of any architecture."""
