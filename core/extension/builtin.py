@@ -1,0 +1,108 @@
+"""What the core itself contributes, through the same hooks as any plugin."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from plexor.extension.markers import hookimpl
+from plexor.extension.specs import Facts, Kernel, Op, Tolerance
+
+_CPU = frozenset({"cpu"})
+_CUDA = frozenset({"cuda"})
+_FLOATS = frozenset({"float32", "float16", "bfloat16"})
+_CACHES = _FLOATS | {"float8_e4m3fn"}
+_EXACT = (0.0, 0.0)
+# One rounding to the activation dtype, at a place where the float32 values may differ in their last bits.
+_ROUNDED: Mapping[str, Tolerance] = {"float32": (1e-5, 1e-5), "float16": (2e-3, 2e-3), "bfloat16": (1.6e-2, 1e-2)}
+# Long sums in another order.
+_SUMMED: Mapping[str, Tolerance] = {"float32": (1e-4, 2e-5), "float16": (4e-3, 4e-3), "bfloat16": (1.6e-2, 1.6e-2)}
+_COPIED: Mapping[str, Tolerance] = dict.fromkeys(("float32", "float16", "bfloat16"), _EXACT)
+
+
+@hookimpl
+def ops() -> Iterable[Op]:
+    return (
+        _op("rms_norm", _ROUNDED),
+        _op("silu_mul", _ROUNDED),
+        _op("kv_write", _COPIED),
+        _op("rotary_kv_write", _ROUNDED),
+        _op("paged_attention", _SUMMED),
+        _op("linear", _SUMMED),
+        _op("grouped_linear", _SUMMED),
+        _op("sample", {"float32": _EXACT}),
+    )
+
+
+@hookimpl
+def kernels() -> Iterable[Kernel]:
+    return (
+        _triton("rms_norm"),
+        _triton("silu_mul"),
+        Kernel(
+            op="kv_write",
+            provider="triton",
+            load="plexor.kernels.triton.kv_write:kv_write",
+            devices=_CUDA,
+            dtypes=_FLOATS,
+            kv_dtypes=_CACHES,
+            refuses=_refuses_narrow_cache,
+        ),
+        Kernel(
+            op="rotary_kv_write",
+            provider="triton",
+            load="plexor.kernels.triton.rotary_kv_write:rotary_kv_write",
+            devices=_CUDA,
+            dtypes=_FLOATS,
+            kv_dtypes=_CACHES,
+            refuses=_refuses_narrow_cache,
+        ),
+        Kernel(
+            op="paged_attention",
+            provider="triton",
+            load="plexor.kernels.triton.paged_attention:paged_attention",
+            devices=_CUDA,
+            dtypes=_FLOATS,
+            kv_dtypes=_CACHES,
+            refuses=_refuses_attention,
+        ),
+        Kernel(
+            op="paged_attention",
+            provider="torch",
+            load="plexor.kernels.cpu.paged_attention:paged_attention",
+            devices=_CPU,
+            dtypes=_FLOATS,
+            kv_dtypes=_CACHES,
+        ),
+        _triton("grouped_linear"),
+        _triton("sample"),
+    )
+
+
+def _op(name: str, tolerance: Mapping[str, Tolerance]) -> Op:
+    return Op(
+        name=name,
+        reference=f"plexor.kernels.reference.{name}:{name}",
+        samples=f"plexor.kernels.samples:{name}",
+        tolerance=tolerance,
+    )
+
+
+def _triton(op: str) -> Kernel:
+    """A Triton kernel that touches no cache."""
+    dtypes = frozenset({"float32"}) if op == "sample" else _FLOATS
+    return Kernel(op=op, provider="triton", load=f"plexor.kernels.triton.{op}:{op}", devices=_CUDA, dtypes=dtypes)
+
+
+def _refuses_narrow_cache(facts: Facts) -> str | None:
+    if facts.kv_dtype == "float8_e4m3fn" and facts.capability is not None and facts.capability < (8, 9):
+        return "needs compute capability 8.9 for a cache of float8_e4m3fn, this device has {}.{}".format(
+            *facts.capability
+        )
+    return None
+
+
+def _refuses_attention(facts: Facts) -> str | None:
+    head_size = facts.shape.get("head_size", 0)
+    if head_size > 256:
+        return f"holds a head of at most 256 features in registers, not {head_size}"
+    return _refuses_narrow_cache(facts)

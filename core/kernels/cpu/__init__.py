@@ -1,0 +1,1 @@
+"""Providers that are fast on a CPU."""

@@ -1,0 +1,1 @@
+"""The definition of each op in plain torch: what every other provider is held to."""
