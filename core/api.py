@@ -1,0 +1,117 @@
+"""The only door for plugins: specs, the model toolkit, rules for weights, the precision contract, and errors.
+
+Names are resolved on first use, so that a `plugin.py` that needs only specs does not import torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from plexor.batch import Batch, ForwardContext, LayerCache, MediaRows
+    from plexor.checkpoint.fields import Fields
+    from plexor.checkpoint.mapping import Ignore, Rule, WeightRule, under
+    from plexor.checkpoint.tokenizer import Tokenizer
+    from plexor.checkpoint.view import Interleaved, Rows, Step, TensorView, Transpose
+    from plexor.errors import CapacityError, CheckpointError, ConfigError, PlexorError, PluginError, RequestError
+    from plexor.extension.specs import (
+        Architecture,
+        Checkpoint,
+        CheckpointFormat,
+        Facts,
+        InputProcessor,
+        Kernel,
+        KVFormat,
+        Layer,
+        Observer,
+        Op,
+        Precision,
+    )
+    from plexor.kernels.op import Sample
+    from plexor.kernels.table import KernelTable, resolve
+    from plexor.model.attention import Attention, AttentionConfig
+    from plexor.model.build import Build, facts
+    from plexor.model.decoder import Decoder, DecoderConfig, DecoderLayer, Model, ModelConfig, Slots
+    from plexor.model.dense import DenseFormat, kv_storage
+    from plexor.model.embedding import PositionEmbedding, VocabEmbedding
+    from plexor.model.feed_forward import (
+        FeedForward,
+        FeedForwardConfig,
+        GatedFeedForward,
+        activation,
+        gated_activation,
+    )
+    from plexor.model.format import (
+        GroupedMultiply,
+        KVShape,
+        LinearFormat,
+        LinearShape,
+        Multiply,
+        Stored,
+    )
+    from plexor.model.linear import Cut, GroupedLinear, Linear, Part
+    from plexor.model.media import MediaModel
+    from plexor.model.norm import LayerNorm, RMSNorm
+    from plexor.model.rotary import Rotary, read_rotary
+    from plexor.runtime.request import Media, MediaProcessor, Output
+    from plexor.runtime.stats import StepObserver, StepStats
+
+_HOMES = {
+    "plexor.batch": ("Batch", "ForwardContext", "LayerCache", "MediaRows"),
+    "plexor.checkpoint.fields": ("Fields",),
+    "plexor.checkpoint.mapping": ("Ignore", "Rule", "WeightRule", "under"),
+    "plexor.checkpoint.tokenizer": ("Tokenizer",),
+    "plexor.checkpoint.view": ("Interleaved", "Rows", "Step", "TensorView", "Transpose"),
+    "plexor.errors": (
+        "CapacityError",
+        "CheckpointError",
+        "ConfigError",
+        "PlexorError",
+        "PluginError",
+        "RequestError",
+    ),
+    "plexor.extension.specs": (
+        "Architecture",
+        "Checkpoint",
+        "CheckpointFormat",
+        "Facts",
+        "InputProcessor",
+        "KVFormat",
+        "Kernel",
+        "Layer",
+        "Observer",
+        "Op",
+        "Precision",
+    ),
+    "plexor.kernels.op": ("Sample",),
+    "plexor.kernels.table": ("KernelTable", "resolve"),
+    "plexor.model.attention": ("Attention", "AttentionConfig"),
+    "plexor.model.build": ("Build", "facts"),
+    "plexor.model.decoder": ("Decoder", "DecoderConfig", "DecoderLayer", "Model", "ModelConfig", "Slots"),
+    "plexor.model.dense": ("DenseFormat", "kv_storage"),
+    "plexor.model.embedding": ("PositionEmbedding", "VocabEmbedding"),
+    "plexor.model.feed_forward": (
+        "FeedForward",
+        "FeedForwardConfig",
+        "GatedFeedForward",
+        "activation",
+        "gated_activation",
+    ),
+    "plexor.model.format": ("GroupedMultiply", "KVShape", "LinearFormat", "LinearShape", "Multiply", "Stored"),
+    "plexor.model.linear": ("Cut", "GroupedLinear", "Linear", "Part"),
+    "plexor.model.media": ("MediaModel",),
+    "plexor.model.norm": ("LayerNorm", "RMSNorm"),
+    "plexor.model.rotary": ("Rotary", "read_rotary"),
+    "plexor.runtime.request": ("Media", "MediaProcessor", "Output"),
+    "plexor.runtime.stats": ("StepObserver", "StepStats"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME_OF)  # noqa: PLE0605 - the names are listed once, beside where they live
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'plexor.api' has no attribute {name!r}")
+    return getattr(import_module(_HOME_OF[name]), name)

@@ -1,0 +1,151 @@
+"""Lazy views of a checkpoint's tensors: transposed, cut or de-interleaved, and read only where they are needed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from plexor.checkpoint.source import TensorSource, check_finite
+from plexor.errors import CheckpointError
+
+WHOLE = slice(None)
+
+
+class TensorView:
+    """A tensor that has not been read yet. `origin` names file and tensor for messages."""
+
+    origin: str
+    shape: tuple[int, ...]
+
+    def read(self, *index: slice) -> Tensor:
+        """The part of the tensor at these slices (stop and start set, step 1), on the CPU."""
+        raise NotImplementedError
+
+    def expect(self, shape: tuple[int, ...]) -> None:
+        """CheckpointError unless the view has this shape."""
+        if self.shape != shape:
+            raise CheckpointError(
+                f"{self.origin} gives {list(self.shape)} where the model needs {list(shape)}: "
+                "config.json and the weights do not belong together"
+            )
+
+
+class SourceView(TensorView):
+    """A tensor as it lies in the source; values that are not finite are refused when read."""
+
+    def __init__(self, source: TensorSource, name: str) -> None:
+        self._source = source
+        self._info = source.info(name)
+        self.origin = f"tensor {name!r} of {self._info.file}"
+        self.shape = self._info.shape
+
+    def read(self, *index: slice) -> Tensor:
+        tensor = self._source.read(self._info.name, index)
+        check_finite(tensor, self._info)
+        return tensor
+
+
+class _Transposed(TensorView):
+    def __init__(self, base: TensorView) -> None:
+        self._base = base
+        self.origin = base.origin
+        self.shape = base.shape[::-1]
+
+    def read(self, *index: slice) -> Tensor:
+        tensor = self._base.read(*_full(index, len(self.shape))[::-1])
+        return tensor.permute(*range(tensor.dim() - 1, -1, -1))
+
+
+class _Rows(TensorView):
+    def __init__(self, base: TensorView, start: int, stop: int) -> None:
+        if base.shape[0] < stop:
+            raise CheckpointError(
+                f"{base.origin} has {base.shape[0]} output features where the model needs {stop}: "
+                "config.json and the weights do not belong together"
+            )
+        self._base = base
+        self._start = start
+        self.origin = base.origin
+        self.shape = (stop - start, *base.shape[1:])
+
+    def read(self, *index: slice) -> Tensor:
+        rows, *rest = _full(index, len(self.shape))
+        start, stop, _ = rows.indices(self.shape[0])
+        return self._base.read(slice(self._start + start, self._start + stop), *rest)
+
+
+class _Interleaved(TensorView):
+    def __init__(self, base: TensorView, index: int, of: int, unit: int) -> None:
+        if base.shape[0] % (of * unit):
+            raise CheckpointError(
+                f"{base.origin} has {base.shape[0]} output features, which {of} interleaved parts of {unit} do not "
+                "divide: config.json and the weights do not belong together"
+            )
+        self._base = base
+        self._index, self._of, self._unit = index, of, unit
+        self.origin = base.origin
+        self.shape = (base.shape[0] // of, *base.shape[1:])
+
+    def read(self, *index: slice) -> Tensor:
+        rows, *rest = _full(index, len(self.shape))
+        start, stop, _ = rows.indices(self.shape[0])
+        assert start % self._unit == 0 and stop % self._unit == 0, "interleaved parts are cut between units"
+        tensor = self._base.read(slice(start * self._of, stop * self._of), *rest)
+        units = tensor.unflatten(0, ((stop - start) // self._unit, self._of, self._unit))
+        return units[:, self._index].flatten(0, 1)
+
+
+class GroupView(TensorView):
+    """One group of a tensor [groups, ...]."""
+
+    def __init__(self, base: TensorView, group: int) -> None:
+        self._base = base
+        self._group = group
+        self.origin = base.origin
+        self.shape = base.shape[1:]
+
+    def read(self, *index: slice) -> Tensor:
+        return self._base.read(slice(self._group, self._group + 1), *_full(index, len(self.shape))).squeeze(0)
+
+
+class Step(Protocol):
+    """One step of a weight converter: what a rule does to a tensor on its way."""
+
+    def apply(self, view: TensorView) -> TensorView: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Transpose:
+    """[in, out] becomes [out, in]; a bias stays as it is."""
+
+    def apply(self, view: TensorView) -> TensorView:
+        return _Transposed(view) if len(view.shape) > 1 else view
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Output features start to stop of a fused tensor."""
+
+    start: int
+    stop: int
+
+    def apply(self, view: TensorView) -> TensorView:
+        return _Rows(view, self.start, self.stop)
+
+
+@dataclass(frozen=True, slots=True)
+class Interleaved:
+    """Part `index` of a fused tensor whose rows run [units, of, unit], as when q, k, v alternate head by head."""
+
+    index: int
+    of: int
+    unit: int
+
+    def apply(self, view: TensorView) -> TensorView:
+        return _Interleaved(view, self.index, self.of, self.unit)
+
+
+def _full(index: tuple[slice, ...], dims: int) -> tuple[slice, ...]:
+    return index + (WHOLE,) * (dims - len(index))

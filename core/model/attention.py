@@ -1,0 +1,98 @@
+"""Attention over the paged cache: project, normalise, rotate, store, attend, project back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from plexor.batch import ForwardContext
+from plexor.model.build import Build
+from plexor.model.format import KVShape
+from plexor.model.linear import Linear, Part
+from plexor.model.norm import RMSNorm
+from plexor.model.rotary import Rotary
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionConfig:
+    """One attention layer, whole (before the ranks share it out).
+
+    scale: of the scores before softmax. window: how many positions, its own included, a token sees; None for all.
+    qk_norm_eps: None for no norm on queries and keys.
+    """
+
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    scale: float
+    rotary: Rotary | None = None
+    window: int | None = None
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm_eps: float | None = None
+
+
+class RotaryTables(nn.Module):
+    """cos and sin [P, size / 2], computed once and shared by the layers that rotate alike."""
+
+    def __init__(self, rotary: Rotary, num_positions: int, device: torch.device) -> None:
+        super().__init__()
+        cos, sin = rotary.tables(num_positions, device)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        self.cos: Tensor
+        self.sin: Tensor
+
+
+class Attention(nn.Module):
+    """[T, H] -> [T, H] with the heads shared out between the ranks; kv_index is this layer's place in ctx.kv."""
+
+    def __init__(self, build: Build, config: AttentionConfig, kv_index: int, tables: RotaryTables | None = None) -> None:
+        super().__init__()
+        size, mesh = config.head_size, build.mesh
+        self.num_heads = len(mesh.share(config.num_heads, "attention heads"))
+        self.num_kv_heads = len(mesh.share_or_replicate(config.num_kv_heads, "key-value heads"))
+        self._config = config
+        self._kv_index = kv_index
+        # A tuple hides the tables from the module tree: they belong to the stack, not to this layer.
+        self._tables = None if tables is None else (tables,)
+        keys = Part(config.num_kv_heads, size, "key-value heads", replicate=True)
+        parts = (Part(config.num_heads, size, "attention heads"), keys, keys)
+        self.qkv = Linear(build, config.hidden_size, parts, cut="out", bias=config.qkv_bias)
+        self.out = Linear(
+            build, config.num_heads * size, (Part(config.hidden_size),), cut="in", bias=config.out_bias
+        )
+        self.q_norm: RMSNorm | None = None
+        self.k_norm: RMSNorm | None = None
+        if config.qk_norm_eps is not None:
+            self.q_norm = RMSNorm(build, size, config.qk_norm_eps)
+            self.k_norm = RMSNorm(build, size, config.qk_norm_eps)
+        kv_dtype = build.kv_storage(self.kv_shape(0, 1))[0].dtype
+        sizes = {"heads": self.num_heads, "kv_heads": self.num_kv_heads, "head_size": size}
+        formats = build.kv_format
+        self._write = build.bind(formats.write if tables is None else formats.rotary_write, kv_dtype, **sizes)
+        self._attend = build.bind(formats.attend, kv_dtype, **sizes)
+
+    def kv_shape(self, num_blocks: int, block_size: int) -> KVShape:
+        """The cache that this layer needs on this rank."""
+        return KVShape(num_blocks, block_size, self.num_kv_heads, self._config.head_size)
+
+    def forward(self, x: Tensor, positions: Tensor, ctx: ForwardContext) -> Tensor:
+        size = self._config.head_size
+        q, k, v = self.qkv(x).unflatten(-1, (-1, size)).split((self.num_heads, self.num_kv_heads, self.num_kv_heads), 1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        cache = ctx.kv[self._kv_index]
+        if self._tables is None:
+            self._write(k, v, ctx.slots, cache)
+        else:
+            tables = self._tables[0]
+            q = self._write(q, k, v, tables.cos, tables.sin, positions, ctx.slots, cache)
+        attended: Tensor = self._attend(
+            q, cache, ctx.block_table, ctx.query_start, ctx.kv_length, self._config.scale, self._config.window, ctx.max_query
+        )
+        y: Tensor = self.out(attended.flatten(1))
+        return y

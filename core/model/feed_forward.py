@@ -1,0 +1,91 @@
+"""Dense feed-forward layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from plexor.errors import CheckpointError
+from plexor.model.build import Build
+from plexor.model.linear import Linear, Part
+
+
+@dataclass(frozen=True, slots=True)
+class FeedForwardConfig:
+    """activation: the name that `config.json` gives it, such as "silu" or "gelu_new"."""
+
+    hidden_size: int
+    intermediate_size: int
+    activation: str
+    bias: bool = False
+
+
+class GatedFeedForward(nn.Module):
+    """down(act(gate x) * up x), [T, H] -> [T, H] (Shazeer, 2020)."""
+
+    def __init__(self, build: Build, config: FeedForwardConfig) -> None:
+        super().__init__()
+        half = Part(config.intermediate_size, what="feed-forward features")
+        self.gate_up = Linear(build, config.hidden_size, (half, half), cut="out", bias=config.bias)
+        self.down = Linear(build, config.intermediate_size, (Part(config.hidden_size),), cut="in", bias=config.bias)
+        self._activate = gated_activation(build, config.activation, config.intermediate_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down(self._activate(self.gate_up(x)))
+        return y
+
+
+class FeedForward(nn.Module):
+    """down(act(up x)), [T, H] -> [T, H]."""
+
+    def __init__(self, build: Build, config: FeedForwardConfig) -> None:
+        super().__init__()
+        inner = Part(config.intermediate_size, what="feed-forward features")
+        self.up = Linear(build, config.hidden_size, (inner,), cut="out", bias=config.bias)
+        self.down = Linear(build, config.intermediate_size, (Part(config.hidden_size),), cut="in", bias=config.bias)
+        self._activate = activation(config.activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down(self._activate(self.up(x)))
+        return y
+
+
+def activation(name: str) -> Callable[[Tensor], Tensor]:
+    """The elementwise function that a checkpoint names; CheckpointError for one that is not known."""
+    known: dict[str, Callable[[Tensor], Tensor]] = {
+        "relu": functional.relu,
+        "silu": functional.silu,
+        "swish": functional.silu,
+        "gelu": functional.gelu,
+        "gelu_new": _gelu_tanh,
+        "gelu_fast": _gelu_tanh,
+        "gelu_pytorch_tanh": _gelu_tanh,
+        "quick_gelu": _quick_gelu,
+    }
+    if name not in known:
+        raise CheckpointError(f"config.json names the activation {name!r}: known are {', '.join(sorted(known))}")
+    return known[name]
+
+
+def gated_activation(build: Build, name: str, intermediate_size: int) -> Callable[[Tensor], Tensor]:
+    """[M, 2 I] -> [M, I]: the activated first half times the second half."""
+    if name in ("silu", "swish"):
+        return build.bind("silu_mul", intermediate=intermediate_size)
+    activate = activation(name)
+
+    def multiply(gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return activate(gate) * up
+
+    return multiply
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return functional.gelu(x, approximate="tanh")
+
+
+def _quick_gelu(x: Tensor) -> Tensor:
+    return x * (1.702 * x).sigmoid()

@@ -1,0 +1,160 @@
+"""Linear layers and expert stacks: shapes, parts and shards; how numbers are kept is the format's affair."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from plexor.checkpoint.view import TensorView
+from plexor.errors import CheckpointError
+from plexor.model.build import Build
+from plexor.model.format import LinearFormat, LinearShape
+
+Cut = Literal["out", "in", "none"]
+"""Which features the ranks share out: "out" (column parallel), "in" (row parallel), "none" (each holds all)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Output features that come from one source (q, k, v; gate, up), in units that stay whole when cut.
+
+    replicate: with fewer units than ranks, neighbours hold copies (heads of keys and values).
+    """
+
+    num_units: int
+    unit_size: int = 1
+    what: str = "output features"
+    replicate: bool = False
+
+    @property
+    def size(self) -> int:
+        return self.num_units * self.unit_size
+
+    def rows(self, build: Build, cut: Cut) -> range:
+        """The rows of the full part that this rank holds."""
+        if cut != "out":
+            return range(self.size)
+        share = build.mesh.share_or_replicate if self.replicate else build.mesh.share
+        units = share(self.num_units, self.what)
+        return range(units.start * self.unit_size, units.stop * self.unit_size)
+
+
+class LinearWeight(nn.Module):
+    """The weight and bias that a format keeps for one layer or stack; the base of Linear and GroupedLinear.
+
+    stored: the kept tensors by the names that the format gives them; the same tensors as the module's buffers.
+    """
+
+    def __init__(
+        self,
+        build: Build,
+        in_features: int,
+        parts: Sequence[Part],
+        *,
+        cut: Cut,
+        bias: bool,
+        groups: int,
+        format: LinearFormat,
+    ) -> None:
+        super().__init__()
+        self.parts = tuple(parts)
+        self.cut = cut
+        self.groups = groups
+        self.in_features = in_features
+        self._format = format
+        self._dtype = build.dtype
+        self._rows = tuple(part.rows(build, cut) for part in parts)
+        columns = build.mesh.share(in_features, "input features") if cut == "in" else range(in_features)
+        self._columns = columns
+        self.shape = LinearShape(sum(len(rows) for rows in self._rows), len(columns), groups)
+        self._storage = format.storage(self.shape, build.dtype)
+        lead = (groups,) if groups > 1 else ()
+        for stored in self._storage:
+            tensor = torch.empty((*lead, *stored.shape), dtype=stored.dtype, device=build.device)
+            self.register_buffer(stored.name, tensor)
+        if bias:
+            self.register_buffer("bias", torch.empty((*lead, self.shape.out_features), dtype=build.dtype, device=build.device))
+        else:
+            self.bias: Tensor | None = None
+        self.stored: dict[str, Tensor] = {stored.name: getattr(self, stored.name) for stored in self._storage}
+
+    def pieces(self) -> set[tuple[int, int, str]]:
+        """(part, group, suffix) of every tensor that a checkpoint must bring."""
+        suffixes = ("weight",) if self.bias is None else ("weight", "bias")
+        return {(p, g, s) for p in range(len(self.parts)) for g in range(self.groups) for s in suffixes}
+
+    def load_piece(self, piece: tuple[int, int, str], view: TensorView) -> None:
+        """Read this rank's share of one dense tensor, convert it, and put it in its place."""
+        part, group, suffix = piece
+        if suffix == "bias":
+            self._load_bias(part, group, view)
+            return
+        view.expect((self.parts[part].size, self.in_features))
+        rows, columns = self._rows[part], self._columns
+        device = self.stored[self._storage[0].name].device
+        weight = view.read(slice(rows.start, rows.stop), slice(columns.start, columns.stop))
+        kept = self._format.load(self._format.convert(weight.to(device=device, dtype=self._dtype)))
+        offset = sum(len(rows) for rows in self._rows[:part])
+        for stored in self._storage:
+            self._place(self.stored[stored.name], kept[stored.name], group, stored.out_axis, offset)
+
+    def _load_bias(self, part: int, group: int, view: TensorView) -> None:
+        if self.bias is None:
+            raise CheckpointError(f"{view.origin} is a bias of a layer that has none: check the model's config.json")
+        view.expect((self.parts[part].size,))
+        rows = self._rows[part]
+        offset = sum(len(rows) for rows in self._rows[:part])
+        self._place(self.bias, view.read(slice(rows.start, rows.stop)), group, 0, offset)
+
+    def _place(self, target: Tensor, value: Tensor, group: int, out_axis: int | None, offset: int) -> None:
+        if self.groups > 1:
+            target = target[group]
+        if out_axis is not None:
+            target = target.narrow(out_axis, offset, value.shape[out_axis])
+        target.copy_(value)
+
+
+class Linear(LinearWeight):
+    """y = x Wᵀ + b over this rank's share, [T, in] -> [T, out]; a layer cut along "in" sums over the ranks."""
+
+    def __init__(
+        self,
+        build: Build,
+        in_features: int,
+        parts: Sequence[Part],
+        *,
+        cut: Cut = "none",
+        bias: bool = False,
+    ) -> None:
+        super().__init__(build, in_features, parts, cut=cut, bias=bias, groups=1, format=build.format)
+        self._mesh = build.mesh
+        self._multiply = build.format.bind(build.table, self.shape, build.dtype, build.device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self._multiply(x, self.stored)
+        if self.cut == "in":
+            y = self._mesh.all_reduce(y)
+        return y if self.bias is None else y + self.bias
+
+
+class GroupedLinear(LinearWeight):
+    """An expert stack: rows sorted by group, each times its own group's weight, [M, in] -> [M, out].
+
+    A stack cut along "in" returns this rank's partial sum: its user adds the ranks up once, after combining.
+    """
+
+    def __init__(
+        self, build: Build, in_features: int, parts: Sequence[Part], *, groups: int, cut: Cut = "none"
+    ) -> None:
+        super().__init__(build, in_features, parts, cut=cut, bias=False, groups=groups, format=build.format)
+        self._multiply = build.format.bind_grouped(build.table, self.shape, build.dtype, build.device)
+
+    def forward(self, x: Tensor, group_end: Tensor) -> Tensor:
+        """group_end [groups] int32: one past the last row of each group."""
+        return self._multiply(x, self.stored, group_end)
+
+

@@ -1,0 +1,1 @@
+"""The ranks that serve one model together, and what they exchange."""
