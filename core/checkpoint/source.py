@@ -242,7 +242,7 @@ def _shards(folder: Path) -> dict[Path, frozenset[str] | None]:
 
 def _absence(folder: Path) -> CheckpointError:
     """Why a folder without this format's files cannot be read, from what lies there instead."""
-    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    names = sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
     tensors = [name for name in names if name.endswith(".safetensors")]
     pickles = [name for name in names if Path(name).suffix in _PICKLES]
     if tensors:
