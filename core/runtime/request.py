@@ -29,7 +29,7 @@ class SamplingParams:
     to the likeliest token. repetition_penalty: [0.01, 100], 1 is off. presence_penalty, frequency_penalty: [-2, 2].
     max_tokens: None generates until the context is full. min_tokens: end ids and stops do not count before it.
     stop: at most 4 strings; stop_token_ids: ids that end the text besides the model's own.
-    include_stop: leave the text of the stop string or stop id in the answer. ignore_end: go on after the model's end ids.
+    include_stop: keep the stop string's or stop id's text in the answer. ignore_end: go on after the model's end ids.
     seed: signed 64 bits; None draws one. logprobs: None is off, 0 gives the drawn token's, up to 20 the likeliest too.
     logit_bias: added to the logits, [-100, 100] by token id. n: answers for one prompt, at most 128.
 
@@ -65,8 +65,8 @@ class SamplingParams:
         _check_number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         if self.max_tokens is not None:
             _check_integer("max_tokens", self.max_tokens, 1, 2**31 - 1)
-        longest = 2**31 - 1 if self.max_tokens is None else self.max_tokens
-        _check_integer("min_tokens", self.min_tokens, 0, longest, "max_tokens" if self.max_tokens is not None else "")
+            _check_integer("min_tokens", self.min_tokens, 0, self.max_tokens, note=" (max_tokens)")
+        _check_integer("min_tokens", self.min_tokens, 0, 2**31 - 1)
         if self.seed is not None:
             _check_integer("seed", self.seed, -(2**63), 2**63 - 1)
         if self.logprobs is not None:
@@ -168,20 +168,22 @@ class Output:
     num_cached_tokens: int = 0
 
 
-def _check_number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
+def _check_number(
+    name: str, value: object, low: float, high: float, *, open_low: bool = False, what: str | None = None
+) -> None:
     """Comparisons with NaN are false, so one test of the range refuses NaN and both infinities."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if is_number and low <= value <= high and not (open_low and value == low):  # type: ignore[operator]
         return
-    range_text = f"above {low:g} and at most {high:g}" if open_low else f"from {low:g} to {high:g}"
-    raise RequestError(f"{name} is {_show(value)}, but must be a number {range_text}", field=name)
+    allowed = f"above {low:g} and at most {high:g}" if open_low else f"from {low:g} to {high:g}"
+    raise RequestError(f"{what or name} is {_show(value)}, but must be a number {allowed}", field=name)
 
 
-def _check_integer(name: str, value: object, low: int, high: int, high_name: str = "") -> None:
+def _check_integer(name: str, value: object, low: int, high: int, *, what: str | None = None, note: str = "") -> None:
     if isinstance(value, int) and not isinstance(value, bool) and low <= value <= high:
         return
-    named = f" ({high_name})" if high_name else ""
-    raise RequestError(f"{name} is {_show(value)}, but must be a whole number from {low} to {high}{named}", field=name)
+    message = f"{what or name} is {_show(value)}, but must be a whole number from {low} to {high}{note}"
+    raise RequestError(message, field=name)
 
 
 def _check_bool(name: str, value: object) -> None:
@@ -202,7 +204,7 @@ def _stop_token_ids(token_ids: object) -> tuple[int, ...]:
     if not isinstance(token_ids, (tuple, list)):
         raise RequestError(f"stop_token_ids is {_show(token_ids)}, but must be a list of ids", field="stop_token_ids")
     for token_id in token_ids:
-        _check_integer("stop_token_ids", token_id, 0, 2**31 - 1)
+        _check_integer("stop_token_ids", token_id, 0, 2**31 - 1, what="one of stop_token_ids")
     return tuple(token_ids)
 
 
@@ -212,8 +214,8 @@ def _check_logit_bias(logit_bias: object) -> None:
             f"logit_bias is {_show(logit_bias)}, but must map token ids to numbers from -100 to 100", field="logit_bias"
         )
     for token_id, bias in logit_bias.items():
-        _check_integer("logit_bias", token_id, 0, 2**31 - 1)
-        _check_number("logit_bias", bias, -100.0, 100.0)
+        _check_integer("logit_bias", token_id, 0, 2**31 - 1, what="a token id of logit_bias")
+        _check_number("logit_bias", bias, -100.0, 100.0, what=f"logit_bias of token {token_id}")
 
 
 def _show(value: object) -> str:
