@@ -119,12 +119,11 @@ def pack(plan: Plan, *, block_size: int) -> StepInput:
 def _add_piece(step: StepInput, piece: Piece, block_size: int) -> None:
     sequence, start, end = piece.sequence, piece.start, piece.start + piece.length
     step.media.extend(_media_spans(piece, first_row=len(step.token_ids)))
-    unknown = piece.previous_row >= 0
-    step.token_ids += sequence.tokens[start : end - 1] + [0] if unknown else sequence.tokens[start:end]
-    step.previous_rows += [-1] * (piece.length - 1) + [piece.previous_row]
-    step.positions += range(start, end)
+    step.token_ids.extend(sequence.tokens[start:end] if piece.previous_row < 0 else [*sequence.tokens[start:], 0])
+    step.previous_rows.extend([-1] * (piece.length - 1) + [piece.previous_row])
+    step.positions.extend(range(start, end))
     blocks = sequence.blocks[: -(-end // block_size)]
-    step.slots += [blocks[p // block_size] * block_size + p % block_size for p in range(start, end)]
+    step.slots.extend(blocks[p // block_size] * block_size + p % block_size for p in range(start, end))
     step.query_start.append(len(step.token_ids))
     step.kv_length.append(end)
     step.block_table.append(blocks)

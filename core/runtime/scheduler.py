@@ -50,8 +50,8 @@ class SchedulerConfig:
             raise ConfigError(f"chunk is {self.chunk}, but must be at least 1, or None for the whole step")
         if self.max_step_tokens < self.max_sequences:
             raise ConfigError(
-                f"max_step_tokens is {self.max_step_tokens}, but max_sequences lets {self.max_sequences} sequences run, "
-                "which need a token each in a step: raise the first or lower the second"
+                f"max_step_tokens is {self.max_step_tokens}, but each of the {self.max_sequences} running sequences "
+                "that max_sequences allows needs a token in a step: raise the first or lower the second"
             )
 
     @property
