@@ -1,0 +1,295 @@
+"""Arguments on which every provider of a built-in op is held to its reference, odd shapes first of all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from plexor.kernels.op import Sample
+from plexor.kernels.reference.kv_write import saturated
+
+BLOCK_SIZE = 16
+
+
+class Maker:
+    """Makes tensors on a device from one seed, the same on every device."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, seed: int) -> None:
+        self.device = device
+        self.dtype = dtype
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
+        """Normal numbers in the sample's dtype."""
+        return (torch.randn(shape, generator=self.generator) * scale).to(self.device, self.dtype)
+
+    def integers(self, values: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=self.device)
+
+    def floats(self, values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=self.device)
+
+    def permutation(self, size: int) -> list[int]:
+        numbers: list[int] = torch.randperm(size, generator=self.generator).tolist()
+        return numbers
+
+
+def rms_norm(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
+    make = Maker(device, dtype, 1)
+    for rows, hidden in ((0, 64), (1, 64), (3, 80), (5, 1), (2, 4096), (17, 257)):
+        yield Sample(f"{rows} rows of {hidden}", (make.normal(rows, hidden), make.normal(hidden), 1e-5))
+    fused = make.normal(6, 7 * 24)
+    heads = fused[:, 24 : 4 * 24].view(6, 3, 24)
+    yield Sample("heads inside a fused projection", (heads, make.normal(24), 1e-6))
+    yield Sample("rows of a wider tensor", (fused[:, 5:69], make.normal(64), 1e-6))
+    yield Sample("four axes", (make.normal(2, 3, 4, 32), make.normal(32), 1e-6))
+    yield Sample("one row of zeros", (make.normal(2, 48) * make.floats([0, 1])[:, None].to(dtype), make.normal(48), 1e-5))
+    yield Sample("large values", (make.normal(2, 64, scale=300.0), make.normal(64), 1e-5))
+
+
+def silu_mul(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
+    make = Maker(device, dtype, 2)
+    for rows, size in ((0, 16), (1, 16), (3, 40), (2, 1), (2, 5000), (9, 333)):
+        yield Sample(f"{rows} rows of {size}", (make.normal(rows, 2 * size),))
+    yield Sample("rows of a wider tensor", (make.normal(4, 100)[:, 10:74],))
+    yield Sample("far from zero", (make.normal(3, 64, scale=40.0),))
+
+
+def kv_write(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
+    make = Maker(device, dtype, 3)
+    for storage in storages(dtype):
+        for name, slots, heads, size in (
+            ("no tokens", [], 2, 16),
+            ("one token", [37], 1, 80),
+            ("only padding", [-1, -1], 2, 8),
+            ("padding between tokens", [3, -1, 47, 0, -1], 3, 24),
+            ("wide heads", [5, 18, 4], 8, 128),
+        ):
+            k, v = make.normal(len(slots), heads, size), make.normal(len(slots), heads, size)
+            yield written_sample(make, f"{name}, {name_of(storage)}", (k, v), slots, storage)
+        fused = make.normal(4, 5 * 24)
+        k, v = fused[:, 24 : 3 * 24].view(4, 2, 24), fused[:, 3 * 24 :].view(4, 2, 24)
+        yield written_sample(make, f"inside a fused projection, {name_of(storage)}", (k, v), [9, 8, 31, -1], storage)
+        beyond = make.floats([1e30, -1e30, 500.0, -470.0, float("nan"), float("inf"), -float("inf"), 0.0])
+        beyond = beyond.to(dtype).view(1, 1, 8)
+        yield written_sample(make, f"beyond the range, {name_of(storage)}", (beyond, -beyond), [2], storage)
+
+
+def written_sample(
+    make: Maker, name: str, entries: tuple[Tensor, Tensor], slots: Sequence[int], storage: torch.dtype
+) -> Sample:
+    """A call of kv_write into a cache of three blocks."""
+    k, v = entries
+    cache = filled_cache(make, 3, k.shape[1], k.shape[2], storage)
+    args = (k, v, make.integers(slots, torch.int64), cache)
+    return Sample(name, args, written=(3,), shape=cache_shape(k), kv_dtype=name_of(storage))
+
+
+def rotary_kv_write(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
+    make = Maker(device, dtype, 4)
+    for storage in storages(dtype):
+        for name, positions, slots, heads, kv_heads, size, turning in (
+            ("no tokens", [], [], 4, 2, 16, 16),
+            ("one token", [29], [17], 1, 1, 64, 64),
+            ("three query heads to a KV head", [4, 5, 0], [20, -1, 0], 6, 2, 24, 24),
+            ("partial rotary", [0, 1, 30, 31], [1, 2, 3, 40], 4, 4, 80, 32),
+            ("two features turn", [7, 3], [33, 5], 2, 1, 20, 2),
+            ("many heads", [8, 2, 9], [44, 45, 2], 40, 8, 128, 128),
+        ):
+            num_tokens = len(slots)
+            q = make.normal(num_tokens, heads, size)
+            k, v = make.normal(num_tokens, kv_heads, size), make.normal(num_tokens, kv_heads, size)
+            yield rotated_sample(make, f"{name}, {name_of(storage)}", (q, k, v), (turning, positions, slots), storage)
+        fused = make.normal(5, 7 * 24)
+        q, k, v = fused[:, : 5 * 24].view(5, 5, 24), fused[:, 5 * 24 : 6 * 24].view(5, 1, 24), fused[:, 6 * 24 :]
+        parts = (q, k, v.view(5, 1, 24))
+        where = (16, [3, 3, 4, 0, 0], [11, 12, 13, -1, -1])
+        yield rotated_sample(make, f"inside a fused projection, {name_of(storage)}", parts, where, storage)
+
+
+def rotated_sample(
+    make: Maker,
+    name: str,
+    parts: tuple[Tensor, Tensor, Tensor],
+    where: tuple[int, Sequence[int], Sequence[int]],
+    storage: torch.dtype,
+) -> Sample:
+    """A call of rotary_kv_write with tables of 32 positions; where: features that turn, positions, slots."""
+    q, k, v = parts
+    turning, positions, slots = where
+    frequency = 10000.0 ** (-torch.arange(0, turning, 2) / turning)
+    angle = torch.arange(32).unsqueeze(1) * frequency
+    tables = (angle.cos().to(make.device), angle.sin().to(make.device))
+    cache = filled_cache(make, 3, k.shape[1], k.shape[2], storage)
+    args = (q, k, v, *tables, make.integers(positions, torch.int64), make.integers(slots, torch.int64), cache)
+    return Sample(name, args, written=(7,), shape=cache_shape(k, q.shape[1]), kv_dtype=name_of(storage))
+
+
+def paged_attention(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
+    """Entries that no row may see are NaN, so that reading them shows."""
+    make = Maker(device, dtype, 5)
+    for name, pieces, heads, kv_heads, size in (
+        ("no sequences", [], 2, 1, 16),
+        ("one decode at the first position", [(1, 1)], 2, 2, 16),
+        ("decodes", [(1, 1), (1, 16), (1, 17), (1, 70)], 8, 2, 64),
+        ("prefill of new sequences", [(5, 5), (1, 1), (33, 33)], 4, 4, 32),
+        ("prefill and decodes", [(7, 40), (1, 12), (20, 20), (1, 33), (2, 18)], 6, 2, 24),
+        ("an empty sequence between", [(1, 9), (0, 0), (3, 4)], 4, 1, 80),
+        ("a wide group", [(1, 20), (2, 21)], 20, 1, 16),
+        ("wide heads", [(3, 19), (1, 40)], 2, 1, 256),
+        ("tiny heads", [(4, 30), (1, 5)], 3, 3, 7),
+    ):
+        for window in (None, 1, 6, 1000):
+            yield attention_sample(make, f"{name}, window {window}", pieces, (heads, kv_heads, size), window, dtype)
+    pieces = [(9, 50), (1, 31), (1, 16), (4, 4)]
+    for storage in storages(dtype)[1:]:
+        yield attention_sample(make, f"cache of {name_of(storage)}", pieces, (6, 2, 32), None, storage)
+    yield attention_sample(make, "padding rows", pieces, (4, 2, 16), None, dtype, num_padding=5)
+    yield attention_sample(make, "only padding rows", [], (4, 2, 16), None, dtype, num_padding=3)
+    yield attention_sample(make, "decodes and padding", [(1, 8), (1, 20)], (4, 2, 16), 7, dtype, num_padding=2)
+    yield attention_sample(make, "queries inside a fused projection", pieces, (4, 2, 16), None, dtype, fused=True)
+    yield attention_sample(make, "blocks of 32", pieces, (4, 2, 16), 20, dtype, block_size=32)
+
+
+def attention_sample(
+    make: Maker,
+    name: str,
+    pieces: Sequence[tuple[int, int]],
+    heads: tuple[int, int, int],
+    window: int | None,
+    storage: torch.dtype,
+    num_padding: int = 0,
+    fused: bool = False,
+    block_size: int = BLOCK_SIZE,
+) -> Sample:
+    """A call of paged_attention; pieces: (rows, entries) of each sequence; heads: (query heads, KV heads, size)."""
+    num_heads, num_kv_heads, size = heads
+    num_rows = sum(rows for rows, _ in pieces)
+    width = num_heads + 2 if fused else num_heads
+    q = make.normal(num_rows + num_padding, width, size)[:, :num_heads]
+    num_blocks = [-(-entries // block_size) for _, entries in pieces]
+    free = make.permutation(sum(num_blocks) + 1)
+    table = torch.zeros(len(pieces), max([*num_blocks, 1]), dtype=torch.int32)
+    shape = (len(free), block_size, num_kv_heads, size)
+    cache = {part: torch.full(shape, float("nan"), device=make.device) for part in ("keys", "values")}
+    for sequence, (_, entries) in enumerate(pieces):
+        own = [free.pop() for _ in range(num_blocks[sequence])]
+        table[sequence, : len(own)] = torch.tensor(own, dtype=torch.int32)
+        for part in cache.values():
+            for position in range(entries):
+                part[own[position // block_size], position % block_size] = make.normal(num_kv_heads, size).float()
+    args = (
+        q,
+        {part: saturated(entries, storage) for part, entries in cache.items()},
+        table.to(make.device),
+        make.integers([0, *accumulate(rows for rows, _ in pieces)], torch.int32),
+        make.integers([entries for _, entries in pieces], torch.int32),
+        size**-0.5,
+        window,
+        max([rows for rows, _ in pieces], default=1),
+    )
+    sizes = (("num_heads", num_heads), ("num_kv_heads", num_kv_heads), ("head_size", size))
+    return Sample(name, args, shape=sizes, kv_dtype=name_of(storage))
+
+
+def linear(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
+    make = Maker(device, dtype, 6)
+    for rows, inputs, outputs in ((0, 16, 8), (1, 64, 48), (5, 33, 7), (40, 256, 96)):
+        args = (make.normal(rows, inputs), make.normal(outputs, inputs, scale=inputs**-0.5))
+        sizes = (("in_features", inputs), ("out_features", outputs))
+        yield Sample(f"{rows} rows, {inputs} to {outputs}", args, shape=sizes)
+
+
+def grouped_linear(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
+    make = Maker(device, dtype, 7)
+    for name, counts, padding, inputs, outputs in (
+        ("no rows", [0, 0, 0], 0, 16, 8),
+        ("one row", [0, 1, 0], 0, 64, 48),
+        ("one group", [7], 0, 32, 16),
+        ("empty groups at both ends", [0, 5, 0, 3, 0], 0, 33, 7),
+        ("rows of no group", [2, 0, 6], 4, 40, 24),
+        ("only rows of no group", [0, 0], 3, 16, 16),
+        ("uneven groups", [70, 1, 0, 17, 40, 2, 0, 31], 3, 80, 72),
+        ("more groups than rows", [1, 0, 1, 1, 0, 0, 0, 1] * 4, 0, 48, 64),
+    ):
+        x = make.normal(sum(counts) + padding, inputs)
+        weight = make.normal(len(counts), outputs, inputs, scale=inputs**-0.5)
+        sizes = (("in_features", inputs), ("out_features", outputs), ("groups", len(counts)))
+        yield Sample(name, (x, weight, make.integers(list(accumulate(counts)), torch.int32)), shape=sizes)
+    x, weight = make.normal(9, 50)[:, 8:40], make.normal(2, 16, 64)[:, :, :32]
+    yield Sample("rows of wider tensors", (x, weight, make.integers([4, 9], torch.int32)))
+
+
+def sample(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
+    make = Maker(device, dtype, 8)
+    off = (1.0, 0, 1.0, 0.0)
+    for name, vocabulary, rows in (
+        ("no rows", 100, []),
+        ("greedy", 100, [(0.0, 0, 1.0, 0.0)] * 3),
+        ("one token to choose from", 1, [off, (0.0, 0, 1.0, 0.0)]),
+        ("nothing dropped", 333, [off, (0.7, 0, 1.0, 0.0), (1.5, 0, 1.0, 0.0)]),
+        ("top k", 130, [(1.0, 1, 1.0, 0.0), (1.0, 5, 1.0, 0.0), (2.0, 130, 1.0, 0.0), (1.0, 1000, 1.0, 0.0)]),
+        ("top p", 257, [(1.0, 0, 0.0, 0.0), (1.0, 0, 0.3, 0.0), (1.3, 0, 0.9, 0.0), (0.5, 0, 0.99, 0.0)]),
+        ("min p", 200, [(1.0, 0, 1.0, 0.05), (2.0, 0, 1.0, 0.3), (1.0, 0, 1.0, 1.0)]),
+        ("all together", 500, [(0.8, 40, 0.95, 0.02), (0.0, 3, 0.5, 0.5), (1.2, 7, 0.8, 0.0), off]),
+        ("more than a tile", 9001, [(1.0, 0, 1.0, 0.0), (0.9, 50, 0.9, 0.0), (0.0, 0, 1.0, 0.0)]),
+    ):
+        logits = make.normal(len(rows), vocabulary, scale=3.0)
+        yield sampling_sample(make, name, logits, rows)
+    ties = (make.normal(4, 90) * 2).round()
+    mixed = [(0.0, 0, 1.0, 0.0), (1.0, 4, 1.0, 0.0), (1.0, 0, 0.45, 0.0), (1.0, 12, 0.7, 0.1)]
+    yield sampling_sample(make, "ties", ties, mixed)
+    zeros = torch.zeros_like(ties)
+    zeros[:, ::2] = -0.0
+    yield sampling_sample(make, "zeros of both signs", zeros, mixed)
+    banned = make.normal(4, 90)
+    banned[:, 1:] = banned[:, 1:].masked_fill(make.normal(4, 89) > 0.2, float("-inf"))
+    yield sampling_sample(make, "banned tokens", banned, [(0.0, 0, 1.0, 0.0), (1.0, 80, 1.0, 0.0), off, mixed[3]])
+    wide = make.normal(2, 64, scale=1000.0)
+    yield sampling_sample(make, "far apart", wide, [off, (0.1, 3, 0.9, 0.0)])
+
+
+def sampling_sample(
+    make: Maker, name: str, logits: Tensor, rows: Sequence[tuple[float, int, float, float]]
+) -> Sample:
+    """A call of sample; rows: (temperature, top_k, top_p, min_p); seeds use all 64 bits."""
+    temperature, top_k, top_p, min_p = ([row[column] for row in rows] for column in range(4))
+    seeds = [0x9E3779B97F4A7C15 * (row + 1) % 2**64 - 2**63 for row in range(len(rows))]
+    args = (
+        logits,
+        make.floats(temperature),
+        make.integers([int(count) for count in top_k], torch.int32),
+        make.floats(top_p),
+        make.floats(min_p),
+        make.integers(seeds, torch.int64),
+        make.integers([3 + row * 2**33 for row in range(len(rows))], torch.int64),
+    )
+    return Sample(name, args, shape=(("vocabulary", logits.shape[1]),))
+
+
+def storages(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    """Cache dtypes for activations of a dtype, its own first."""
+    others = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn)
+    return (dtype, *(other for other in others if other != dtype))
+
+
+def filled_cache(
+    make: Maker, num_blocks: int, num_kv_heads: int, head_size: int, storage: torch.dtype
+) -> dict[str, Tensor]:
+    """A cache with entries in it, so that overwriting the wrong ones shows."""
+    shape = (num_blocks, BLOCK_SIZE, num_kv_heads, head_size)
+    return {part: saturated(make.normal(*shape).float(), storage) for part in ("keys", "values")}
+
+
+def cache_shape(k: Tensor, num_heads: int = 0) -> tuple[tuple[str, int], ...]:
+    """The sizes a model states for ops that write the cache."""
+    sizes = (("num_kv_heads", k.shape[1]), ("head_size", k.shape[2]))
+    return (("num_heads", num_heads), *sizes) if num_heads else sizes
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """ "float32" for torch.float32."""
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,1 @@
+"""The kit for plugin authors: one module for each kind of contribution that it checks."""
