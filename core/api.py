@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from plexor.batch import Batch, ForwardContext, LayerCache, MediaRows
+    from plexor.checkpoint.document import read_object
     from plexor.checkpoint.fields import Fields
     from plexor.checkpoint.mapping import Ignore, Rule, WeightRule, under
     from plexor.checkpoint.tokenizer import Tokenizer
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "plexor.batch": ("Batch", "ForwardContext", "LayerCache", "MediaRows"),
+    "plexor.checkpoint.document": ("read_object",),
     "plexor.checkpoint.fields": ("Fields",),
     "plexor.checkpoint.mapping": ("Ignore", "Rule", "WeightRule", "under"),
     "plexor.checkpoint.tokenizer": ("Tokenizer",),

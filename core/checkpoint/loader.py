@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -30,6 +30,15 @@ class Loadable(Protocol):
     def load_piece(self, piece: Piece, view: TensorView) -> None: ...
 
 
+@runtime_checkable
+class BringsRules(Protocol):
+    """A model with another architecture's model inside, whose rules are known once that one has been found."""
+
+    def weight_rules(self) -> tuple[WeightRule, ...]:
+        """The inner model's rules, moved `under` its place."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class LoadReport:
     """What a load did: tensors read, those that a rule ignored, bytes of both, and the dtypes that were met."""
@@ -43,31 +52,36 @@ class LoadReport:
 def load_weights(
     model: nn.Module, rules: Iterable[WeightRule], source: TensorSource, progress: Progress | None = None
 ) -> LoadReport:
-    """Fill the model. CheckpointError names every missing, unused or misshaped tensor."""
-    book = RuleBook(rules)
+    """Fill the model. CheckpointError for tensors that are missing, unused, of the wrong shape or type, or that fill
+    one place twice; all of them are found by name and shape before the first is read, except wrong shapes.
+    """
+    inner = model.weight_rules() if isinstance(model, BringsRules) else ()
+    book = RuleBook((*rules, *inner))
     targets = _targets(model)
-    filled: set[tuple[str, Piece]] = set()
-    unused: list[str] = []
-    ignored = 0
-    dtypes: set[str] = set()
     names = source.names()
+    matches = {name: book.match(name) for name in names}
+    plan = {name: tuple(_placements(matches[name], source, name)) for name in names}
+    _check(book, targets, matches, plan)
+    ignored = sum(any(isinstance(match.rule, Ignore) for match in found) for found in matches.values())
     total = sum(source.info(name).num_bytes for name in names)
     done = 0
     for name in names:
-        matches = book.match(name)
+        for placement in plan[name]:
+            targets[placement.target].module.load_piece(placement.piece, placement.view)
         done += source.info(name).num_bytes
-        ignored += any(isinstance(match.rule, Ignore) for match in matches)
-        if not matches:
-            unused.append(name)
-        for target, piece, view in _placements(matches, source, name):
-            _load(targets, target, piece, view)
-            filled.add((target, piece))
-            dtypes.add(str(source.info(name).dtype).removeprefix("torch."))
         if progress is not None:
             progress(done, total)
-    wanted = {(name, piece) for name, target in targets.items() for piece in target.pieces}
-    _complain(book, unused, sorted(wanted - filled))
+    dtypes = {str(source.info(name).dtype).removeprefix("torch.") for name in names if plan[name]}
     return LoadReport(len(names) - ignored, ignored, total, tuple(sorted(dtypes)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Placement:
+    """Where one tensor, or one group of a stacked one, goes."""
+
+    target: str
+    piece: Piece
+    view: TensorView
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,40 +120,59 @@ class _Plain:
             target.copy_(view.read())
 
 
-def _placements(matches: Iterable[Match], source: TensorSource, name: str) -> Iterator[tuple[str, Piece, TensorView]]:
-    """Where a tensor goes: (module, piece, view), one for each group of a stacked tensor."""
+def _placements(matches: Iterable[Match], source: TensorSource, name: str) -> Iterator[_Placement]:
+    """One for each part that a fused tensor feeds and for each group of a stacked one."""
     for match in matches:
         if not isinstance(match.rule, Rule):
             continue
         base: TensorView = SourceView(source, name)
+        dtype = source.info(name).dtype
+        if not dtype.is_floating_point:
+            raise CheckpointError(
+                f"{base.origin} holds {str(dtype).removeprefix('torch.')}, where the model needs floating-point "
+                "numbers: if the checkpoint is quantised, use one that is not"
+            )
+        if match.rule.stacked and not base.shape:
+            raise CheckpointError(f"{base.origin} is a single number where the model needs a stack of tensors")
         groups = range(base.shape[0]) if match.rule.stacked else (match.group,)
         for group in groups:
             view: TensorView = GroupView(base, group) if match.rule.stacked else base
             for step in match.rule.steps:
                 view = step.apply(view)
-            yield match.target, (match.rule.part, group, match.tensor), view
+            yield _Placement(match.target, (match.rule.part, group, match.tensor), view)
 
 
-def _load(targets: dict[str, _Target], name: str, piece: Piece, view: TensorView) -> None:
-    target = targets.get(name)
-    if target is None or piece not in target.pieces:
-        raise CheckpointError(
-            f"{view.origin} has no place in the model that config.json describes: the two do not belong together"
-        )
-    target.module.load_piece(piece, view)
-
-
-def _complain(book: RuleBook, unused: list[str], missing: list[tuple[str, Piece]]) -> None:
+def _check(
+    book: RuleBook,
+    targets: Mapping[str, _Target],
+    matches: Mapping[str, tuple[Match, ...]],
+    plan: Mapping[str, tuple[_Placement, ...]],
+) -> None:
+    """CheckpointError unless every piece of the model is filled exactly once and every tensor is read or ignored."""
+    filled: dict[tuple[str, Piece], str] = {}
+    unused = [name for name, found in matches.items() if not found]
+    for name, placements in plan.items():
+        for placement in placements:
+            place = placement.target, placement.piece
+            target = targets.get(placement.target)
+            if target is None or placement.piece not in target.pieces:
+                unused.append(name)
+            elif place in filled:
+                raise CheckpointError(
+                    f"{placement.view.origin} and tensor {filled[place]!r} are for the same place in the model: remove "
+                    "the one that is a leftover"
+                )
+            filled[place] = name
+    wanted = {(name, piece) for name, target in targets.items() for piece in target.pieces}
+    missing = [book.source_of(target, *piece) for target, piece in sorted(wanted - filled.keys())]
+    problems = []
     if missing:
-        names = [book.source_of(target, *piece) for target, piece in missing]
-        raise CheckpointError(
-            f"{len(missing)} tensors that the model needs are not in the checkpoint ({_some(names)}): "
-            "download it again, or check that config.json belongs to it"
-        )
+        problems.append(f"lacks {len(missing)} tensors that the model needs ({_some(missing)})")
     if unused:
+        problems.append(f"has {len(unused)} that have no place in it ({_some(list(dict.fromkeys(unused)))})")
+    if problems:
         raise CheckpointError(
-            f"{len(unused)} tensors of the checkpoint have no place in the model ({_some(unused)}): "
-            "check that config.json belongs to it"
+            f"the checkpoint {' and '.join(problems)}: download it again, or check that config.json belongs to it"
         )
 
 

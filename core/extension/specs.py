@@ -22,7 +22,8 @@ class Architecture:
 
     config: `(raw: Mapping[str, Any]) -> ModelConfig`, the only place that reads a publisher's field names.
     model: `(ModelConfig, Build) -> Model`.
-    weights: `(ModelConfig) -> tuple[Rule, ...]`, the weight converter.
+    weights: `(ModelConfig) -> tuple[Rule, ...]`, the weight converter. A model that takes another architecture's model
+        in, found through `build.catalog`, adds that one's rules itself (BringsRules in plexor.checkpoint.loader).
     needs: what other plugins must bring, such as "layers:feed_forward/experts" or "architectures:SomeForCausalLM".
     """
 
