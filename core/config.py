@@ -1,10 +1,10 @@
-"""What a run is told: the environment, read here and nowhere else."""
+"""What a run is told: the engine's settings, and the environment, which is read here and nowhere else."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from plexor.errors import ConfigError
 
@@ -29,3 +29,60 @@ class Environment:
             raise ConfigError(f"PLEXOR_DEBUG is {debug!r}: set it to 1 for tracebacks, or to 0")
         names = None if listed is None else frozenset(name.strip() for name in listed.split(",") if name.strip())
         return cls(plugins=names, debug=debug == "1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """How a model is run; checked once, never changed.
+
+    model: a checkpoint folder or the name of a checkpoint that a plugin ships; None for the default one.
+    precision: number format of linear layers and expert stacks. kv: storage format of the paged cache.
+    dtype: of weights that are not quantised and of activations; "auto" is the checkpoint's own.
+    device: "auto" takes a GPU where there is one. tensor_parallel: ranks that share each layer.
+    num_blocks: blocks of the paged cache, None for as many as memory allows. memory_fraction: share of the device's
+    memory that weights, cache and activations may take together. max_length: context, None for the model's own.
+    max_sequences: requests that run at once. max_step_tokens: token budget of a step; chunk: longest prefill piece.
+    steps_ahead: 1 launches a step before the last one has been read, 0 does not; None is 1 on a GPU and 0 on a CPU.
+    seed: from which the seeds of requests without one are drawn. kernels: op to provider, over the table's choice.
+    """
+
+    model: str | None = None
+    precision: str = "dense"
+    kv: str = "dense"
+    dtype: str = "auto"
+    device: str = "auto"
+    tensor_parallel: int = 1
+    block_size: int = 16
+    num_blocks: int | None = None
+    memory_fraction: float = 0.9
+    max_length: int | None = None
+    max_sequences: int = 256
+    max_step_tokens: int = 2048
+    chunk: int | None = None
+    prefix_caching: bool = True
+    steps_ahead: int | None = None
+    seed: int | None = None
+    kernels: Mapping[str, str] = field(default_factory=dict)
+    strict_plugins: bool = False
+
+    def __post_init__(self) -> None:
+        _check_choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
+        _check_choice("device", self.device, ("auto", "cpu", "cuda"))
+        _check_choice("steps_ahead", self.steps_ahead, (None, 0, 1))
+        for name in ("tensor_parallel", "block_size", "max_sequences", "max_step_tokens"):
+            _check_at_least_one(name, getattr(self, name))
+        for name in ("num_blocks", "max_length", "chunk"):
+            if getattr(self, name) is not None:
+                _check_at_least_one(name, getattr(self, name))
+        if not 0 < self.memory_fraction <= 1:
+            raise ConfigError(f"memory_fraction is {self.memory_fraction}: set it above 0 and at most 1")
+
+
+def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} is {value!r}: choose one of {', '.join(str(choice) for choice in choices)}")
+
+
+def _check_at_least_one(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name} is {value!r}: set it to a whole number of at least 1")

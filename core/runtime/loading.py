@@ -1,0 +1,126 @@
+"""From a checkpoint folder to a model on a device: which plugin serves it, its config, its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from plexor.checkpoint.folder import ModelFolder
+from plexor.checkpoint.loader import LoadReport, Progress, load_weights
+from plexor.checkpoint.source import TensorSource
+from plexor.errors import CheckpointError, ConfigError
+from plexor.extension.catalog import Catalog
+from plexor.extension.specs import Architecture
+from plexor.kernels.table import KernelTable, resolve
+from plexor.model.build import Build
+from plexor.model.decoder import Model, ModelConfig
+from plexor.model.format import LinearFormat
+from plexor.parallel.mesh import Mesh
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where and in which number formats a model is built."""
+
+    device: torch.device
+    dtype: torch.dtype
+    precision: str = "dense"
+    kv: str = "dense"
+    mesh: Mesh = Mesh()
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltModel:
+    """A model whose tensors exist (on the device, or on "meta" for a plan) but may not be filled yet."""
+
+    architecture: Architecture
+    config: ModelConfig
+    model: Model
+    build: Build
+
+    @property
+    def module(self) -> nn.Module:
+        assert isinstance(self.model, nn.Module)
+        return self.model
+
+
+def build_model(folder: ModelFolder, catalog: Catalog, table: KernelTable, placement: Placement) -> BuiltModel:
+    """The model that the folder's config.json describes, its tensors allocated and not read."""
+    if folder.quantization is not None:
+        method = folder.quantization.get("quant_method", "an unnamed method")
+        raise CheckpointError(
+            f"{folder.path} is stored quantised ({method}), which this version does not read: use the original "
+            "checkpoint with --precision"
+        )
+    architecture = catalog.architecture(folder.architecture)
+    config: ModelConfig = resolve(architecture.config)(folder.config)
+    build = make_build(catalog, table, placement)
+    with torch.no_grad():
+        model: Model = resolve(architecture.model)(config, build)
+    return BuiltModel(architecture, config, model, build)
+
+
+def load_model(
+    folder: ModelFolder, catalog: Catalog, table: KernelTable, placement: Placement, progress: Progress | None = None
+) -> tuple[BuiltModel, LoadReport]:
+    """Build the model and stream this rank's share of the weights into it."""
+    built = build_model(folder, catalog, table, placement)
+    rules = resolve(built.architecture.weights)(built.config)
+    with closing(open_source(folder.path, catalog)) as source:
+        report = load_weights(built.module, rules, source, progress)
+    return built, report
+
+
+def open_source(path: Path, catalog: Catalog) -> TensorSource:
+    """The folder's tensors, through the one checkpoint format that knows it."""
+    found = [spec for spec in catalog.checkpoint_formats.values() if resolve(spec.detects)(path)]
+    if len(found) != 1:
+        names = ", ".join(sorted(spec.name for spec in found or catalog.checkpoint_formats.values()))
+        what = f"{len(found)} checkpoint formats claim" if found else "no checkpoint format knows"
+        raise CheckpointError(f"{what} the weights in {path} ({names}): keep the files of one format")
+    source: TensorSource = resolve(found[0].open)(path)
+    return source
+
+
+def make_build(catalog: Catalog, table: KernelTable, placement: Placement) -> Build:
+    """The explicit argument that model code gets."""
+    return Build(
+        catalog=catalog,
+        table=table,
+        mesh=placement.mesh,
+        dtype=placement.dtype,
+        device=placement.device,
+        format=_format(catalog, placement.precision),
+        dense=_format(catalog, "dense"),
+        kv_format=catalog.kv_format(placement.kv),
+    )
+
+
+def choose_device(name: str) -> torch.device:
+    """ "auto" is a GPU where there is one."""
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise ConfigError("device is 'cuda', but torch sees no GPU: check the driver with nvidia-smi, or use --device cpu")
+    return torch.device("cuda", 0) if available and name != "cpu" else torch.device("cpu")
+
+
+def choose_dtype(name: str, config: Mapping[str, Any]) -> torch.dtype:
+    """ "auto" is what config.json states (in text_config for a model of several halves), float32 if it says nothing."""
+    nested = config.get("text_config") or {}
+    stated = [part.get(key) for part in (config, nested) for key in ("dtype", "torch_dtype")]
+    chosen = name if name != "auto" else next((str(value) for value in stated if value), "float32")
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if chosen not in known:
+        raise CheckpointError(f"config.json states the dtype {chosen!r}: choose one with --dtype ({', '.join(known)})")
+    return known[chosen]
+
+
+def _format(catalog: Catalog, name: str) -> LinearFormat:
+    made: LinearFormat = resolve(catalog.precision(name).format)()
+    return made

@@ -1,0 +1,212 @@
+"""The processes that serve one model together: rank 0 here, the others started from here, a pipe of bytes to each."""
+
+from __future__ import annotations
+
+import multiprocessing
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import msgspec
+import torch
+import torch.distributed as dist
+
+from plexor.checkpoint.folder import ModelFolder, open_folder
+from plexor.checkpoint.loader import LoadReport, Progress
+from plexor.config import EngineConfig
+from plexor.errors import ConfigError, PlexorError
+from plexor.extension.catalog import Catalog
+from plexor.parallel.mesh import Mesh
+from plexor.runtime.kv_cache import CPU_CACHE_BYTES, allocate, block_bytes, fit_blocks
+from plexor.runtime.loading import BuiltModel, Placement, choose_device, choose_dtype, load_model
+from plexor.runtime.packer import StepInput
+from plexor.runtime.runner import Pending, Runner
+
+PATIENCE = timedelta(minutes=5)
+"""How long a rank waits for the others in one exchange before it gives up."""
+
+_STOP = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """What one process has made ready."""
+
+    runner: Runner
+    built: BuiltModel
+    report: LoadReport
+    num_blocks: int
+    max_length: int
+
+
+def make_rank(
+    config: EngineConfig, catalog: Catalog, folder: ModelFolder, mesh: Mesh, progress: Progress | None = None
+) -> Rank:
+    """Load this rank's share of the model and give it its cache. All ranks agree on the number of blocks."""
+    device = choose_device(config.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", mesh.rank)
+        torch.cuda.set_device(device)
+    placement = Placement(device, choose_dtype(config.dtype, folder.config), config.precision, config.kv, mesh)
+    built, report = load_model(folder, catalog, catalog.kernel_table(config.kernels), placement, progress)
+    max_length = context_length(config, built)
+    num_blocks = _agree_on_blocks(config, built, max_length)
+    cache = allocate(built.model, built.build, num_blocks, config.block_size)
+    return Rank(Runner(built, cache, config.max_sequences), built, report, num_blocks, max_length)
+
+
+def context_length(config: EngineConfig, built: BuiltModel) -> int:
+    """The context in force; ConfigError for more than the model has positions."""
+    if config.max_length is not None and config.max_length > built.config.max_positions:
+        raise ConfigError(
+            f"max_length is {config.max_length}, but the model has {built.config.max_positions} positions: lower it"
+        )
+    return config.max_length or built.config.max_positions
+
+
+def _agree_on_blocks(config: EngineConfig, built: BuiltModel, max_length: int) -> int:
+    if config.num_blocks is not None:
+        return config.num_blocks
+    most = config.max_sequences * -(-max_length // config.block_size)
+    each = block_bytes(built.model, built.build, config.block_size)
+    device, mesh = built.build.device, built.build.mesh
+    fitting = fit_blocks(_free_bytes(config, built), each, most)
+    if mesh.size == 1:
+        return fitting
+    agreed = torch.tensor(fitting, device=device)
+    dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
+    return int(agreed)
+
+
+def _free_bytes(config: EngineConfig, built: BuiltModel) -> int:
+    """Memory for the cache: what is left beside the weights, less what a step needs."""
+    device = built.build.device
+    if device.type == "cpu":
+        return CPU_CACHE_BYTES // built.build.mesh.size
+    free, total = torch.cuda.mem_get_info(device)
+    reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    keep_clear = int(total * (1 - config.memory_fraction))
+    step = activation_bytes(built, config.max_step_tokens, config.max_sequences)
+    return free + reserved - keep_clear - step
+
+
+def activation_bytes(built: BuiltModel, num_tokens: int, num_rows: int) -> int:
+    """What a full step needs beside weights and cache, estimated from the widest layer: its input, output and one
+    intermediate for each token, and three float32 copies of the logits.
+    """
+    widest = 0
+    for module in built.module.modules():
+        shape = getattr(module, "shape", None)
+        if shape is not None:
+            widest = max(widest, 2 * shape.out_features + 2 * shape.in_features)
+    return num_tokens * widest * built.build.dtype.itemsize + 3 * 4 * num_rows * built.config.vocab_size
+
+
+class Ranks:
+    """Rank 0 and its helpers. `launch` reaches all of them; each draws the same tokens from the same logits."""
+
+    def __init__(
+        self, config: EngineConfig, catalog: Catalog, folder: ModelFolder, progress: Progress | None = None
+    ) -> None:
+        self._pipes: list[Connection] = []
+        self._processes: list[BaseProcess] = []
+        self._folder = tempfile.TemporaryDirectory(prefix="plexor-")
+        size = config.tensor_parallel
+        try:
+            if size > 1:
+                self._start_others(config, catalog, folder)
+            self.rank = make_rank(config, catalog, folder, Mesh(0, size), progress)
+        except BaseException:
+            self.close()
+            raise
+
+    def launch(self, step: StepInput) -> Pending:
+        """Queue a step on every rank."""
+        if self._pipes:
+            data = msgspec.msgpack.encode(step)
+            for index, pipe in enumerate(self._pipes):
+                self._send(index, pipe, data)
+        return self.rank.runner.launch(step)
+
+    def close(self) -> None:
+        """End the other ranks; safe to call twice."""
+        for index, pipe in enumerate(self._pipes):
+            if self._processes[index].is_alive():
+                pipe.send_bytes(_STOP)
+            pipe.close()
+        for process in self._processes:
+            process.join(timeout=10)
+            if process.is_alive():
+                process.kill()
+        if self._pipes and dist.is_initialized():
+            dist.destroy_process_group()
+        self._pipes, self._processes = [], []
+        self._folder.cleanup()
+
+    def _send(self, index: int, pipe: Connection, data: bytes) -> None:
+        try:
+            pipe.send_bytes(data)
+        except OSError as error:
+            raise PlexorError(f"rank {index + 1} has died ({error}): its own message stands above; start again") from error
+
+    def _start_others(self, config: EngineConfig, catalog: Catalog, folder: ModelFolder) -> None:
+        size = config.tensor_parallel
+        device = choose_device(config.device)
+        if device.type == "cuda" and torch.cuda.device_count() < size:
+            raise ConfigError(
+                f"tensor parallel {size} needs {size} GPUs, but torch sees {torch.cuda.device_count()}: lower --tp"
+            )
+        context = multiprocessing.get_context("spawn")
+        store = str(Path(self._folder.name) / "ranks")
+        job = msgspec.json.encode((config, str(folder.path), store, catalog.identity))
+        for rank in range(1, size):
+            here, there = context.Pipe()
+            process = context.Process(target=_serve_rank, args=(there, rank, size, job), daemon=True)
+            process.start()
+            there.close()
+            self._pipes.append(here)
+            self._processes.append(process)
+        _join(store, 0, size, device.type)
+
+
+def _join(store: str, rank: int, size: int, device_type: str) -> None:
+    dist.init_process_group(
+        "nccl" if device_type == "cuda" else "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=size,
+        timeout=PATIENCE,
+    )
+
+
+def _serve_rank(pipe: Connection, rank: int, size: int, job: bytes) -> None:
+    """The life of a process of rank 1 and up: load, then run every step that arrives."""
+    config, path, store, identity = msgspec.json.decode(
+        job, type=tuple[EngineConfig, str, str, tuple[tuple[str, str], ...]]
+    )
+    catalog = Catalog.load(strict=config.strict_plugins)
+    if catalog.identity != identity:
+        raise ConfigError(f"rank {rank} found the plugins {catalog.identity}, rank 0 {identity}: start again")
+    torch.set_num_threads(max(torch.get_num_threads() // size, 1))
+    device_type = choose_device(config.device).type
+    if device_type == "cuda":
+        torch.cuda.set_device(rank)
+    _join(store, rank, size, device_type)
+    made = make_rank(config, catalog, open_folder(Path(path)), Mesh(rank, size))
+    _run_steps(pipe, made.runner.launch)
+    dist.destroy_process_group()
+
+
+def _run_steps(pipe: Connection, launch: Callable[[StepInput], Pending]) -> None:
+    while True:
+        try:
+            data = pipe.recv_bytes()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if data == _STOP:
+            return
+        launch(msgspec.msgpack.decode(data, type=StepInput))
