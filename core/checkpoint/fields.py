@@ -9,7 +9,7 @@ from plexor.errors import CheckpointError
 
 
 class Fields:
-    """A raw config mapping; each reader returns the field, its default if it is absent or null, or a CheckpointError."""
+    """A raw config; each reader returns the field, its default if it is absent or null, or raises CheckpointError."""
 
     def __init__(self, raw: Mapping[str, Any], where: str = "config.json") -> None:
         self.raw = raw

@@ -74,25 +74,36 @@ class RuleBook:
             hit = _template(rule.target).fullmatch(target)
             if hit is not None:
                 numbers = {**hit.groupdict(), **({} if rule.group is None else {rule.group: str(group)})}
-                source = re.sub(r"\{(\w+)\}", lambda found: numbers[found.group(1)], rule.source)
+                source = _filled(rule.source, numbers)
                 return source if rule.tensor is not None else f"{source}.{tensor}"
         return f"{target}.{tensor}"
 
 
 def under(prefix: str, target: str, rules: Iterable[WeightRule]) -> tuple[WeightRule, ...]:
-    """The rules of a part of a model, for a checkpoint that keeps it below `prefix` and a model that has it at `target`."""
+    """The rules of a part of a model that the checkpoint keeps below `prefix` and the model has at `target`.
+
+    Either may be empty for the top level.
+    """
     moved: list[WeightRule] = []
     for rule in rules:
+        source = _joined(prefix, rule.source)
         if isinstance(rule, Ignore):
-            moved.append(Ignore(f"{prefix}.{rule.source}"))
+            moved.append(Ignore(source))
         else:
-            place = f"{target}.{rule.target}" if rule.target else target
-            moved.append(replace(rule, source=f"{prefix}.{rule.source}", target=place))
+            moved.append(replace(rule, source=source, target=_joined(target, rule.target)))
     return tuple(moved)
+
+
+def _joined(prefix: str, name: str) -> str:
+    return ".".join(part for part in (prefix, name) if part)
 
 
 def _template(text: str) -> re.Pattern[str]:
     return re.compile(re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>\\d+)", re.escape(text)))
+
+
+def _filled(text: str, numbers: Mapping[str, str]) -> str:
+    return re.sub(r"\{(\w+)\}", lambda hit: numbers[hit.group(1)], text)
 
 
 def _pattern(rule: WeightRule) -> re.Pattern[str]:
@@ -103,7 +114,7 @@ def _pattern(rule: WeightRule) -> re.Pattern[str]:
 def _match(rule: WeightRule, numbers: Mapping[str, str]) -> Match:
     if isinstance(rule, Ignore):
         return Match(rule, "", "", 0)
-    target = re.sub(r"\{(\w+)\}", lambda hit: numbers[hit.group(1)], rule.target)
+    target = _filled(rule.target, numbers)
     tensor = rule.tensor if rule.tensor is not None else numbers["_tensor"]
     group = 0 if rule.group is None else int(numbers[rule.group])
     return Match(rule, target, tensor, group)

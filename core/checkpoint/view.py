@@ -59,10 +59,10 @@ class _Transposed(TensorView):
 
 
 class _Rows(TensorView):
-    def __init__(self, base: TensorView, start: int, stop: int) -> None:
-        if base.shape[0] < stop:
+    def __init__(self, base: TensorView, start: int, stop: int, of: int) -> None:
+        if base.shape[0] != of:
             raise CheckpointError(
-                f"{base.origin} has {base.shape[0]} output features where the model needs {stop}: "
+                f"{base.origin} has {base.shape[0]} output features where the model needs {of}: "
                 "config.json and the weights do not belong together"
             )
         self._base = base
@@ -91,9 +91,9 @@ class _Interleaved(TensorView):
     def read(self, *index: slice) -> Tensor:
         rows, *rest = _full(index, len(self.shape))
         start, stop, _ = rows.indices(self.shape[0])
-        assert start % self._unit == 0 and stop % self._unit == 0, "interleaved parts are cut between units"
+        assert start % self._unit == stop % self._unit == 0, "interleaved parts are cut between units"
         tensor = self._base.read(slice(start * self._of, stop * self._of), *rest)
-        units = tensor.unflatten(0, ((stop - start) // self._unit, self._of, self._unit))
+        units = tensor.reshape((stop - start) // self._unit, self._of, self._unit, *tensor.shape[1:])
         return units[:, self._index].flatten(0, 1)
 
 
@@ -126,13 +126,14 @@ class Transpose:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Output features start to stop of a fused tensor."""
+    """Output features start to stop of a fused tensor that has `of` in all."""
 
     start: int
     stop: int
+    of: int
 
     def apply(self, view: TensorView) -> TensorView:
-        return _Rows(view, self.start, self.stop)
+        return _Rows(view, self.start, self.stop, self.of)
 
 
 @dataclass(frozen=True, slots=True)

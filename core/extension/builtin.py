@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from plexor.extension.markers import hookimpl
-from plexor.extension.specs import Facts, Kernel, Op, Tolerance
+from plexor.extension.specs import CheckpointFormat, Facts, Kernel, KVFormat, Op, Precision, Tolerance
 
 _CPU = frozenset({"cpu"})
 _CUDA = frozenset({"cuda"})
@@ -76,6 +76,28 @@ def kernels() -> Iterable[Kernel]:
         _triton("grouped_linear"),
         _triton("sample"),
     )
+
+
+@hookimpl
+def precisions() -> Iterable[Precision]:
+    return (
+        Precision(name="dense", format="plexor.model.dense:DenseFormat", summary="weights in the model's own dtype"),
+    )
+
+
+@hookimpl
+def kv_formats() -> Iterable[KVFormat]:
+    return (
+        KVFormat(
+            name="dense", storage="plexor.model.dense:kv_storage", summary="keys and values in the model's own dtype"
+        ),
+    )
+
+
+@hookimpl
+def checkpoint_formats() -> Iterable[CheckpointFormat]:
+    source = "plexor.checkpoint.source"
+    return (CheckpointFormat(name="safetensors", detects=f"{source}:detects", open=f"{source}:open_source"),)
 
 
 def _op(name: str, tolerance: Mapping[str, Tolerance]) -> Op:

@@ -50,7 +50,9 @@ class RotaryTables(nn.Module):
 class Attention(nn.Module):
     """[T, H] -> [T, H] with the heads shared out between the ranks; kv_index is this layer's place in ctx.kv."""
 
-    def __init__(self, build: Build, config: AttentionConfig, kv_index: int, tables: RotaryTables | None = None) -> None:
+    def __init__(
+        self, build: Build, config: AttentionConfig, kv_index: int, tables: RotaryTables | None = None
+    ) -> None:
         super().__init__()
         size, mesh = config.head_size, build.mesh
         self.num_heads = len(mesh.share(config.num_heads, "attention heads"))
@@ -62,9 +64,7 @@ class Attention(nn.Module):
         keys = Part(config.num_kv_heads, size, "key-value heads", replicate=True)
         parts = (Part(config.num_heads, size, "attention heads"), keys, keys)
         self.qkv = Linear(build, config.hidden_size, parts, cut="out", bias=config.qkv_bias)
-        self.out = Linear(
-            build, config.num_heads * size, (Part(config.hidden_size),), cut="in", bias=config.out_bias
-        )
+        self.out = Linear(build, config.num_heads * size, (Part(config.hidden_size),), cut="in", bias=config.out_bias)
         self.q_norm: RMSNorm | None = None
         self.k_norm: RMSNorm | None = None
         if config.qk_norm_eps is not None:
@@ -92,7 +92,14 @@ class Attention(nn.Module):
             tables = self._tables[0]
             q = self._write(q, k, v, tables.cos, tables.sin, positions, ctx.slots, cache)
         attended: Tensor = self._attend(
-            q, cache, ctx.block_table, ctx.query_start, ctx.kv_length, self._config.scale, self._config.window, ctx.max_query
+            q,
+            cache,
+            ctx.block_table,
+            ctx.query_start,
+            ctx.kv_length,
+            self._config.scale,
+            self._config.window,
+            ctx.max_query,
         )
         y: Tensor = self.out(attended.flatten(1))
         return y

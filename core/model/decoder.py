@@ -45,7 +45,7 @@ class Model(Protocol):
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [R, H] -> [R, V] float32, on every rank."""
+        """The last layer's output [R, H] -> [R, V] float32, on every rank."""
         ...
 
     def kv_shapes(self, num_blocks: int, block_size: int) -> tuple[KVShape, ...]:
@@ -89,7 +89,9 @@ class Slots:
 class DecoderLayer(nn.Module):
     """One layer, [T, H] -> [T, H]."""
 
-    def __init__(self, attention: Attention, feed_forward: nn.Module, norms: Sequence[nn.Module], residual: Residual) -> None:
+    def __init__(
+        self, attention: Attention, feed_forward: nn.Module, norms: Sequence[nn.Module], residual: Residual
+    ) -> None:
         super().__init__()
         self.attention = attention
         self.feed_forward = feed_forward
@@ -126,7 +128,9 @@ class Decoder(nn.Module):
         self.embedding = VocabEmbedding(build, config.vocab_size, width)
         self.positions: PositionEmbedding | None = None
         if config.learned_positions is not None:
-            self.positions = PositionEmbedding(build, config.learned_positions, config.hidden_size, config.position_offset)
+            self.positions = PositionEmbedding(
+                build, config.learned_positions, config.hidden_size, config.position_offset
+            )
         self.project_in: Linear | None = None
         self.project_out: Linear | None = None
         if width != config.hidden_size:

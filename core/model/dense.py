@@ -29,7 +29,7 @@ class DenseFormat:
 
     def bind(self, table: KernelTable, shape: LinearShape, dtype: torch.dtype, device: torch.device) -> Multiply:
         sizes = {"out": shape.out_features, "in": shape.in_features}
-        product = table.bind("linear", facts(device, dtype, **sizes))
+        product = table.bind("linear", facts(device, dtype, None, **sizes))
 
         def multiply(x: Tensor, stored: Mapping[str, Tensor]) -> Tensor:
             y: Tensor = product(x, stored["weight"])
@@ -41,7 +41,7 @@ class DenseFormat:
         self, table: KernelTable, shape: LinearShape, dtype: torch.dtype, device: torch.device
     ) -> GroupedMultiply:
         sizes = {"out": shape.out_features, "in": shape.in_features, "groups": shape.groups}
-        product = table.bind("grouped_linear", facts(device, dtype, **sizes))
+        product = table.bind("grouped_linear", facts(device, dtype, None, **sizes))
 
         def multiply(x: Tensor, stored: Mapping[str, Tensor], group_end: Tensor) -> Tensor:
             y: Tensor = product(x, stored["weight"], group_end)

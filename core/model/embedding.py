@@ -44,7 +44,7 @@ class VocabEmbedding(nn.Module):
         return self._mesh.all_reduce(rows)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [R, H] times the table, [R, V] float32 on every rank."""
+        """Rows [R, H] times the table, [R, V] float32 on every rank."""
         local = nn.functional.linear(hidden, self.weight)
         return self._mesh.all_gather(local)[:, : self.vocab_size].float()
 

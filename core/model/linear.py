@@ -77,7 +77,9 @@ class LinearWeight(nn.Module):
             tensor = torch.empty((*lead, *stored.shape), dtype=stored.dtype, device=build.device)
             self.register_buffer(stored.name, tensor)
         if bias:
-            self.register_buffer("bias", torch.empty((*lead, self.shape.out_features), dtype=build.dtype, device=build.device))
+            self.register_buffer(
+                "bias", torch.empty((*lead, self.shape.out_features), dtype=build.dtype, device=build.device)
+            )
         else:
             self.bias: Tensor | None = None
         self.stored: dict[str, Tensor] = {stored.name: getattr(self, stored.name) for stored in self._storage}
@@ -156,5 +158,3 @@ class GroupedLinear(LinearWeight):
     def forward(self, x: Tensor, group_end: Tensor) -> Tensor:
         """group_end [groups] int32: one past the last row of each group."""
         return self._multiply(x, self.stored, group_end)
-
-

@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from plexor.checkpoint.fields import Fields
 from plexor.errors import CheckpointError
 
 
@@ -21,8 +23,9 @@ from plexor.errors import CheckpointError
 class Rotary:
     """How positions rotate queries and keys.
 
-    size: rotated dimensions of a head (fewer than the head's with partial rotary). kind: "default", "linear",
-    "dynamic", "yarn" or "frequency". num_original: the context a scaled model was trained for.
+    size: rotated dimensions of a head (fewer than the head's with partial rotary). num_positions: the longest sequence
+    that the settings are for. kind: "default", "linear", "dynamic", "yarn" or "frequency". num_original: the context a
+    scaled model was trained for.
     """
 
     size: int
@@ -41,7 +44,7 @@ class Rotary:
     truncate: bool = True
 
     def tables(self, num_positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """cos and sin [num_positions, size / 2] float32."""
+        """The cosines and sines [num_positions, size / 2] float32."""
         positions = torch.arange(num_positions, dtype=torch.float32, device=device).unsqueeze(1)
         angles = positions * self._frequencies(positions)
         scale = self._attention_scale()
@@ -82,7 +85,7 @@ class Rotary:
         if self.truncate:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, self.size - 1)
-        span = max(high - low, 0.001)
+        span = high - low if high != low else 0.001
         index = torch.arange(self.size // 2, dtype=torch.float32, device=plain.device)
         stretched = ((index - low) / span).clamp(0, 1)
         return plain / self.factor * stretched + plain * (1 - stretched)
@@ -102,39 +105,48 @@ class Rotary:
         return _mscale(self.factor, 1.0)
 
 
+_KINDS: Mapping[str, str] = MappingProxyType(
+    {"default": "default", "linear": "linear", "dynamic": "dynamic", "yarn": "yarn", "llama3": "frequency"}
+)
+
+
 def read_rotary(raw: Mapping[str, Any], head_size: int, num_positions: int) -> Rotary:
     """The rotary settings of a `config.json`, in the old fields (`rope_theta`, `rope_scaling`) or the new ones
     (`rope_parameters`); CheckpointError for a kind that is not known.
+
+    num_positions: what the file calls `max_position_embeddings`. Files state it before or after scaling; the settings'
+    own num_positions is the longest sequence either way.
     """
-    settings: dict[str, Any] = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
+    settings: dict[str, Any] = {}
+    for name in ("rope_scaling", "rope_parameters"):
+        settings |= Fields(raw).section(name).raw if raw.get(name) else {}
+    fields = Fields({**raw, **settings}, "config.json (with its rotary settings)")
     kind = str(settings.get("rope_type") or settings.get("type") or "default")
-    kinds = {"default": "default", "linear": "linear", "dynamic": "dynamic", "yarn": "yarn", "llama3": "frequency"}
-    if kind not in kinds:
+    if kind not in _KINDS:
         raise CheckpointError(
             f"config.json asks for rotary positions of type {kind!r}, which are not built in: "
-            f"known are {', '.join(sorted(kinds))}"
+            f"known are {', '.join(sorted(_KINDS))}"
         )
-    share = float(settings.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or raw.get("rotary_pct") or 1)
-    theta = settings.get("rope_theta") or raw.get("rope_theta") or raw.get("rotary_emb_base") or 10000.0
-    longest = int(raw.get("max_position_embeddings") or num_positions)
-    original = int(settings.get("original_max_position_embeddings") or longest) if kind != "dynamic" else longest
-    factor = float(settings.get("factor") or longest / original)
-    attention_factor = settings.get("attention_factor")
+    # Dynamic scaling starts where max_position_embeddings ends, whatever else the file says.
+    scaled = kind in ("yarn", "llama3")
+    original = fields.integer("original_max_position_embeddings", num_positions) if scaled else num_positions
+    factor = 1.0 if kind == "default" else fields.number("factor", num_positions / original)
+    stretched = num_positions if kind in ("default", "llama3") else int(original * factor)
     return Rotary(
-        size=int(head_size * share),
-        theta=float(theta),
-        num_positions=num_positions,
-        kind=kinds[kind],
+        size=int(head_size * fields.number("partial_rotary_factor", fields.number("rotary_pct", 1.0))),
+        theta=fields.number("rope_theta", fields.number("rotary_emb_base", 10000.0)),
+        num_positions=max(num_positions, stretched),
+        kind=_KINDS[kind],
         factor=factor,
         num_original=original,
-        low_frequency=float(settings.get("low_freq_factor") or 1.0),
-        high_frequency=float(settings.get("high_freq_factor") or 4.0),
-        beta_fast=float(settings.get("beta_fast") or 32.0),
-        beta_slow=float(settings.get("beta_slow") or 1.0),
-        attention_factor=None if attention_factor is None else float(attention_factor),
-        mscale=float(settings.get("mscale") or 0.0),
-        mscale_all_dim=float(settings.get("mscale_all_dim") or 0.0),
-        truncate=bool(settings.get("truncate", True)),
+        low_frequency=fields.number("low_freq_factor", 1.0),
+        high_frequency=fields.number("high_freq_factor", 4.0),
+        beta_fast=fields.number("beta_fast", 32.0),
+        beta_slow=fields.number("beta_slow", 1.0),
+        attention_factor=None if fields.raw.get("attention_factor") is None else fields.number("attention_factor"),
+        mscale=fields.number("mscale", 0.0),
+        mscale_all_dim=fields.number("mscale_all_dim", 0.0),
+        truncate=fields.flag("truncate", True),
     )
 
 

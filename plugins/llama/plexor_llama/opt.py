@@ -1,0 +1,103 @@
+"""OPT (Zhang et al., 2022): learned positions that start at row 2, layer norms before or after, ReLU.
+
+The same functions serve as the language half of models that see: `plexor.api.Build.catalog` gives them by name, and
+`plexor.api.under` moves the rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from plexor.api import (
+    AttentionConfig,
+    Build,
+    Decoder,
+    DecoderConfig,
+    FeedForward,
+    FeedForwardConfig,
+    Fields,
+    Ignore,
+    LayerNorm,
+    Rule,
+    Slots,
+    WeightRule,
+    under,
+)
+from plexor_llama.stack import StackConfig, head_size, refuse
+
+POSITION_OFFSET = 2
+NORM_EPS = 1e-5
+
+
+def config(raw: Mapping[str, Any]) -> StackConfig:
+    """OPTForCausalLM"""
+    fields = Fields(raw)
+    refuse(fields, "layer_norm_elementwise_affine", unless=True)
+    hidden_size, num_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+    num_positions = fields.integer("max_position_embeddings")
+    size = head_size(hidden_size, num_heads)
+    bias = fields.flag("enable_bias", True)
+    before = fields.flag("do_layer_norm_before", True)
+    attention = AttentionConfig(
+        hidden_size=hidden_size,
+        num_heads=num_heads,
+        num_kv_heads=num_heads,
+        head_size=size,
+        scale=size**-0.5,
+        qkv_bias=bias,
+        out_bias=bias,
+    )
+    return StackConfig(
+        decoder=DecoderConfig(
+            vocab_size=fields.integer("vocab_size"),
+            max_positions=num_positions,
+            hidden_size=hidden_size,
+            attention=(attention,) * fields.integer("num_hidden_layers"),
+            tied_head=fields.flag("tie_word_embeddings", True),
+            residual="sequential" if before else "norm_after",
+            learned_positions=num_positions,
+            position_offset=POSITION_OFFSET,
+            embedding_size=fields.integer("word_embed_proj_dim", hidden_size),
+            final_norm=before and not fields.flag("_remove_final_layer_norm", False),
+        ),
+        feed_forward=FeedForwardConfig(
+            hidden_size=hidden_size,
+            intermediate_size=fields.integer("ffn_dim"),
+            activation=fields.text("activation_function", "relu"),
+            bias=bias,
+        ),
+        norm_eps=NORM_EPS,
+    )
+
+
+def model(config: StackConfig, build: Build) -> Decoder:
+    slots = Slots(
+        feed_forward=lambda _: FeedForward(build, config.feed_forward),
+        norm=lambda size: LayerNorm(build, size, config.norm_eps),
+    )
+    return Decoder(build, config.decoder, slots)
+
+
+def weights(config: StackConfig) -> tuple[WeightRule, ...]:
+    """Some checkpoints were published without the outer prefix."""
+    head = Ignore("lm_head.weight") if config.decoder.tied_head else Rule("lm_head", "head")
+    return (*under("model", "", _STACK), *_STACK, head)
+
+
+_LAYER, _TARGET = "decoder.layers.{layer}", "layers.{layer}"
+_STACK: tuple[WeightRule, ...] = (
+    Rule("decoder.embed_tokens", "embedding"),
+    Rule("decoder.embed_positions", "positions"),
+    Rule("decoder.project_in", "project_in"),
+    Rule("decoder.project_out", "project_out"),
+    Rule(f"{_LAYER}.self_attn.q_proj", f"{_TARGET}.attention.qkv", part=0),
+    Rule(f"{_LAYER}.self_attn.k_proj", f"{_TARGET}.attention.qkv", part=1),
+    Rule(f"{_LAYER}.self_attn.v_proj", f"{_TARGET}.attention.qkv", part=2),
+    Rule(f"{_LAYER}.self_attn.out_proj", f"{_TARGET}.attention.out"),
+    Rule(f"{_LAYER}.self_attn_layer_norm", f"{_TARGET}.attention_norm"),
+    Rule(f"{_LAYER}.fc1", f"{_TARGET}.feed_forward.up"),
+    Rule(f"{_LAYER}.fc2", f"{_TARGET}.feed_forward.down"),
+    Rule(f"{_LAYER}.final_layer_norm", f"{_TARGET}.feed_forward_norm"),
+    Rule("decoder.final_layer_norm", "norm"),
+)
