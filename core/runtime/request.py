@@ -109,6 +109,13 @@ class Media:
 class MediaProcessor(Protocol):
     """What an `InputProcessor` builds: media and a prompt to tokens."""
 
+    def open(self, data: bytes) -> Image:
+        """The picture in the bytes of a file that a client sent or a user named.
+
+        Raises RequestError where they are no picture, damaged, or too large.
+        """
+        ...
+
     def prepare(
         self, images: Sequence[Image], prompt: str, tokenizer: tokenizers.Tokenizer
     ) -> tuple[list[int], tuple[Media, ...]]:
