@@ -20,16 +20,16 @@ def root_digest(cache_salt: bytes) -> bytes:
     return blake2b(cache_salt, digest_size=32).digest()
 
 
-def block_digest(parent: bytes, token_ids: Sequence[int], media: Iterable[tuple[int, bytes]] = ()) -> bytes:
+def block_digest(parent: bytes, token_ids: Sequence[int], media: Iterable[tuple[int, int, bytes]] = ()) -> bytes:
     """The hash of one full block.
 
     parent: the previous block's hash, or `root_digest`. media: for each medium whose placeholders reach into the
-    block, where it starts relative to the block's first token (negative if before it), and its digest.
+    block, where it starts relative to the block's first token (negative if before it), its length and its digest.
     """
     state = blake2b(parent, digest_size=32)
     state.update(array("q", token_ids).tobytes())
-    for start, digest in media:
-        state.update(array("q", (start, len(digest))).tobytes())
+    for start, length, digest in media:
+        state.update(array("q", (start, length, len(digest))).tobytes())
         state.update(digest)
     return state.digest()
 

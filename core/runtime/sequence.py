@@ -95,7 +95,7 @@ class Sequence:
             start, end = index * block_size, (index + 1) * block_size
             parent = self.hashes[-1] if self.hashes else root_digest(self.request.cache_salt)
             media = [
-                (medium.start - start, medium.digest)
+                (medium.start - start, medium.length, medium.digest)
                 for medium in self.request.media
                 if medium.start < end and start < medium.start + medium.length
             ]
