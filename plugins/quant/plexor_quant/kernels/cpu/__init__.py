@@ -1,0 +1,1 @@
+"""Products that are quicker than the reference on a CPU."""

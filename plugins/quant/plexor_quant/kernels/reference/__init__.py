@@ -1,0 +1,1 @@
+"""The definitions in plain torch, which run on every device."""

@@ -1,0 +1,104 @@
+"""Arguments on which every provider of this plugin's ops is held to its reference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from plexor.api import LinearFormat, Sample
+from plexor_quant.fp8 import Fp8Format
+from plexor_quant.int8_sq import Int8Format
+from plexor_quant.w4a_fp8 import W4AFp8Format
+
+GROUP_SIZE = 128
+# (tokens, in, out): none, one, sizes that no tensor core takes, short last groups, around the 16 rows of an int8 tile.
+SIZES = ((0, 64, 32), (1, 256, 48), (3, 7, 5), (1, 1, 1), (2, 129, 33), (16, 64, 64), (17, 144, 80), (40, 1280, 96))
+# (rows of each group, rows of no group, in, out)
+STACKS = (
+    ((0, 0, 0), 0, 64, 32),
+    ((1,), 0, 16, 8),
+    ((2, 0, 5, 0), 3, 129, 7),
+    ((0, 3, 1, 20), 0, 256, 64),
+    ((0, 0), 4, 64, 32),
+    ((33, 1, 17), 5, 144, 48),
+)
+
+
+def fp8_linear(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
+    return _dense(Fp8Format(), (), device, dtype)
+
+
+def int8_linear(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
+    return _dense(Int8Format(), (), device, dtype)
+
+
+def w4a_fp8_linear(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
+    return _dense(W4AFp8Format(GROUP_SIZE), (GROUP_SIZE,), device, dtype)
+
+
+def fp8_grouped_linear(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
+    return _stacks(Fp8Format(), (), device, dtype)
+
+
+def int8_grouped_linear(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
+    return _stacks(Int8Format(), (), device, dtype)
+
+
+def w4a_fp8_grouped_linear(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
+    return _stacks(W4AFp8Format(GROUP_SIZE), (GROUP_SIZE,), device, dtype)
+
+
+def _dense(
+    number_format: LinearFormat, sizes: tuple[int, ...], device: torch.device, dtype: torch.dtype
+) -> Iterable[Sample]:
+    generator = torch.Generator().manual_seed(21)
+    for num_tokens, in_features, out_features in SIZES:
+        stored = number_format.convert(_weight(generator, out_features, in_features).to(device))
+        shape = (("out", out_features), ("in", in_features))
+        for name, x in _activations(generator, num_tokens, in_features, device, dtype):
+            name = f"{num_tokens} x {in_features} by {out_features}, {name}"
+            yield Sample(name, (x, stored["weight"], stored["scale"], *sizes), shape=shape)
+
+
+def _stacks(
+    number_format: LinearFormat, sizes: tuple[int, ...], device: torch.device, dtype: torch.dtype
+) -> Iterable[Sample]:
+    generator = torch.Generator().manual_seed(22)
+    for rows, num_strays, in_features, out_features in STACKS:
+        stored = number_format.convert(_weight(generator, len(rows), out_features, in_features).to(device))
+        shape = (("out", out_features), ("in", in_features), ("groups", len(rows)))
+        for name, x in _activations(generator, sum(rows) + num_strays, in_features, device, dtype):
+            name = f"groups of {rows} and {num_strays} of none, {in_features} by {out_features}, {name}"
+            args = (x, stored["weight"], stored["scale"], *sizes, _ends(rows).to(device))
+            yield Sample(name, args, shape=shape)
+
+
+def _ends(rows: Sequence[int]) -> Tensor:
+    return torch.tensor(list(accumulate(rows)), dtype=torch.int32)
+
+
+def _weight(generator: torch.Generator, *shape: int) -> Tensor:
+    """Rows that give products near one, the last of them zeros and the first with one large weight."""
+    weight = torch.randn(shape, generator=generator) / math.sqrt(shape[-1])
+    weight[..., 0, 0] *= 20
+    if shape[-2] > 1:
+        weight[..., -1, :] = 0
+    return weight
+
+
+def _activations(
+    generator: torch.Generator, num_rows: int, in_features: int, device: torch.device, dtype: torch.dtype
+) -> Iterable[tuple[str, Tensor]]:
+    x = torch.randn(num_rows, in_features, generator=generator)
+    yield "plain", x.to(device, dtype)
+    if num_rows > 1:
+        odd = x.clone()
+        odd[0] = 0
+        odd[-1, in_features // 2] = 60
+        yield "a row of zeros and an outlier", odd.to(device, dtype)
+        wide = torch.randn(num_rows, in_features + 24, generator=generator).to(device, dtype)
+        yield "rows of a wider tensor", wide[:, 8 : 8 + in_features]

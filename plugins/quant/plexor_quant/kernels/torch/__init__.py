@@ -1,0 +1,1 @@
+"""Products that torch brings, on CUDA."""

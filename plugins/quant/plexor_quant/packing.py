@@ -1,0 +1,63 @@
+"""Four-bit weights: numbers from -7 to 7 in groups along the input features, two to a byte."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+INT4_MAX = 7.0
+ZERO = 8
+"""A nibble holds a number plus 8."""
+
+PADDING = 0
+"""The nibble beside the last weight of an odd row. It would mean -8, which rounding to -7..7 never yields, so it also
+tells an odd row from an even one."""
+
+SMALLEST_SCALE = torch.finfo(torch.bfloat16).tiny
+
+
+def num_groups(in_features: int, group_size: int) -> int:
+    """How many groups a row has; the last may be shorter."""
+    return -(-in_features // group_size)
+
+
+def round_int4(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """weight [..., in] -> packed uint8 [..., ceil(in / 2)], scale bfloat16 [..., num_groups].
+
+    The numbers are chosen against the scale as it is stored, so that bfloat16's rounding of it costs next to nothing.
+    """
+    in_features = weight.shape[-1]
+    num = num_groups(in_features, group_size)
+    padded = functional.pad(weight.float(), (0, num * group_size - in_features))
+    grouped = padded.reshape(*weight.shape[:-1], num, group_size)
+    scale = (grouped.abs().amax(dim=-1) / INT4_MAX).to(torch.bfloat16).clamp_min(SMALLEST_SCALE)
+    numbers = (grouped / scale.unsqueeze(-1).float()).round().clamp(-INT4_MAX, INT4_MAX)
+    return pack(numbers.flatten(-2)[..., :in_features].to(torch.int8)), scale
+
+
+def pack(numbers: Tensor) -> Tensor:
+    """int8 [..., in] from -8 to 7 -> uint8 [..., ceil(in / 2)]; an even feature in the low nibble.
+
+    byte i:  | feature 2i + 1 | feature 2i |
+    """
+    nibbles = (numbers + ZERO).to(torch.uint8)
+    nibbles = functional.pad(nibbles, (0, nibbles.shape[-1] % 2), value=PADDING)
+    return nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """uint8 [..., n] -> int8 [..., 2 n] from -8 to 7, the padding of odd rows included."""
+    nibbles = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
+    return nibbles.to(torch.int8) - ZERO
+
+
+def is_odd(packed: Tensor) -> bool:
+    """Whether every row ends in padding."""
+    return bool((packed[..., -1] >> 4 == PADDING).all())
+
+
+def widen(packed: Tensor, scale: Tensor, in_features: int, group_size: int) -> Tensor:
+    """packed [..., ceil(in / 2)], scale [..., num_groups] -> float32 [..., in], exactly what the nibbles mean."""
+    numbers = unpack(packed)[..., :in_features].float()
+    return numbers * scale.float().repeat_interleave(group_size, dim=-1)[..., :in_features]

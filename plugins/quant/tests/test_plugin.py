@@ -1,0 +1,55 @@
+"""What the plugin declares is there, under names that fit together."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import torch
+
+from plexor.api import Facts, KernelTable, KVShape, resolve
+from plexor_quant import plugin
+
+
+def test_every_target_is_there() -> None:
+    targets = [target for op in plugin.ops() for target in (op.reference, op.samples)]
+    targets += [kernel.load for kernel in plugin.kernels()]
+    targets += [precision.format for precision in plugin.precisions()]
+    targets += [kv_format.storage for kv_format in plugin.kv_formats()]
+    assert all(callable(resolve(target)) for target in targets)
+
+
+def test_listing_does_not_import_torch() -> None:
+    script = (
+        "import sys; from plexor_quant import plugin; "
+        "plugin.ops(), plugin.kernels(), plugin.precisions(), plugin.kv_formats(); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_cache_keeps_one_byte_for_each_number() -> None:
+    (kv_format,) = plugin.kv_formats()
+    stored = resolve(kv_format.storage)(KVShape(5, 16, 2, 80), torch.bfloat16)
+    assert [(part.name, part.shape, part.dtype) for part in stored] == [
+        ("keys", (5, 16, 2, 80), torch.float8_e4m3fn),
+        ("values", (5, 16, 2, 80), torch.float8_e4m3fn),
+    ]
+
+
+def test_kernels_say_why_they_cannot_serve() -> None:
+    table = KernelTable(plugin.ops(), plugin.kernels())
+
+    def explained(op: str, dtype: str, capability: tuple[int, int], **sizes: int) -> tuple[str, str]:
+        choice = table.explain(op, Facts("cuda", dtype, capability, None, sizes))
+        return choice.winner, next(verdict.reason for verdict in choice.verdicts if verdict.provider == "torch")
+
+    hopper = (9, 0)
+    assert explained("fp8_linear", "bfloat16", hopper, **{"in": 64, "out": 32}) == ("torch", "")
+    winner, reason = explained("fp8_linear", "bfloat16", hopper, **{"in": 64, "out": 33})
+    assert (winner, reason) == ("reference", "needs out features in multiples of 16, not 33")
+    winner, reason = explained("fp8_linear", "float32", hopper, **{"in": 64, "out": 32})
+    assert (winner, reason) == ("reference", "takes bfloat16, not float32")
+    winner, reason = explained("fp8_grouped_linear", "bfloat16", (12, 0), **{"in": 64, "out": 32})
+    assert (winner, reason) == ("reference", "is built for compute capability 9 and 10, this device has 12.0")
+    winner, reason = explained("int8_linear", "float32", hopper, **{"in": 36, "out": 32})
+    assert (winner, reason) == ("reference", "needs in features in multiples of 8, not 36")

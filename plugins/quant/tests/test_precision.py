@@ -1,0 +1,166 @@
+"""Each precision keeps its contract, against grids that are written down apart from the plugin's own rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+from torch import Tensor
+
+from plexor.api import KernelTable, LinearFormat, LinearShape, resolve
+from plexor.testing.precision import Grid, check_precision
+from plexor_quant import plugin
+from plexor_quant.fp8 import Fp8Format
+from plexor_quant.int8_sq import Int8Format
+from plexor_quant.packing import pack, unpack
+from plexor_quant.rounding import round_e4m3, round_int8, to_e4m3
+from plexor_quant.w4a_fp8 import W4AFp8Format
+
+TINY = torch.finfo(torch.float32).tiny
+
+
+def e4m3_spacing(x: Tensor) -> Tensor:
+    """How far apart e4m3's numbers are around x: an eighth of its power of two, not below 2^-9."""
+    exponent = torch.frexp(x.double()).exponent - 1
+    return torch.exp2(exponent.clamp(-6, 8).double() - 3)
+
+
+def e4m3_rounded(x: Tensor) -> Tensor:
+    """x [T, in] after each row is scaled to 448 in float32 and rounded to e4m3's numbers, in float32."""
+    x = x.float()
+    scale = (x.abs().amax(dim=-1, keepdim=True) / 448).clamp_min(TINY)
+    ratio = (x / scale).double()
+    spacing = e4m3_spacing(ratio)
+    return ((ratio / spacing).round() * spacing).clamp(-448, 448).float() * scale
+
+
+def int8_rounded(x: Tensor) -> Tensor:
+    x = x.float()
+    scale = (x.abs().amax(dim=-1, keepdim=True) / 127).clamp_min(TINY)
+    return (x / scale).round().clamp(-127, 127) * scale
+
+
+def fp8_step(weight: Tensor, stored: Mapping[str, Tensor]) -> Tensor:
+    scale = stored["scale"].double().unsqueeze(-1)
+    return e4m3_spacing(weight.double() / scale) * scale
+
+
+def int8_step(weight: Tensor, stored: Mapping[str, Tensor]) -> Tensor:
+    return stored["scale"].unsqueeze(-1).expand_as(weight)
+
+
+def int4_step(weight: Tensor, stored: Mapping[str, Tensor]) -> Tensor:
+    features = torch.arange(weight.shape[-1]) // 128
+    return stored["scale"].float()[..., features]
+
+
+FP8 = Grid(step=fp8_step, rounded=e4m3_rounded)
+INT8 = Grid(step=int8_step, rounded=int8_rounded)
+INT4 = Grid(step=int4_step, rounded=e4m3_rounded)
+FORMATS: list[tuple[LinearFormat, Grid]] = [(Fp8Format(), FP8), (Int8Format(), INT8), (W4AFp8Format(), INT4)]
+IDS = ["fp8", "int8_sq", "w4a_fp8"]
+
+
+def table() -> KernelTable:
+    return KernelTable(plugin.ops(), plugin.kernels())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("number_format", "grid"), FORMATS, ids=IDS)
+def test_contract(number_format: LinearFormat, grid: Grid, dtype: torch.dtype) -> None:
+    check_precision(number_format, table=table(), grid=grid, dtype=dtype)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize(("number_format", "grid"), FORMATS, ids=IDS)
+def test_contract_with_other_numbers(number_format: LinearFormat, grid: Grid, seed: int) -> None:
+    check_precision(number_format, table=table(), grid=grid, seed=seed)
+
+
+@pytest.mark.parametrize("group_size", [2, 32])
+def test_four_bits_in_other_groups(group_size: int) -> None:
+    def step(weight: Tensor, stored: Mapping[str, Tensor]) -> Tensor:
+        return stored["scale"].float()[..., torch.arange(weight.shape[-1]) // group_size]
+
+    check_precision(W4AFp8Format(group_size), table=table(), grid=Grid(step=step, rounded=e4m3_rounded))
+
+
+def test_precisions_name_their_formats() -> None:
+    for precision, (number_format, _) in zip(plugin.precisions(), FORMATS, strict=True):
+        assert type(resolve(precision.format)()) is type(number_format)
+        assert precision.name in IDS
+
+
+def test_a_wrong_scale_breaks_the_contract() -> None:
+    class Doubled(Fp8Format):
+        def convert(self, weight: Tensor) -> dict[str, Tensor]:
+            stored = super().convert(weight)
+            return {**stored, "scale": stored["scale"] * 2}
+
+    with pytest.raises(AssertionError, match="half a step"):
+        check_precision(Doubled(), table=table(), grid=FP8)
+
+
+def test_a_scale_shared_by_parts_breaks_the_contract() -> None:
+    class Shared(Int8Format):
+        def convert(self, weight: Tensor) -> dict[str, Tensor]:
+            scale = weight.float().abs().amax(dim=(-2, -1), keepdim=True) / 127
+            numbers = (weight.float() / scale).round().to(torch.int8)
+            return {"weight": numbers, "scale": scale.squeeze(-1).expand(weight.shape[:-1])}
+
+    with pytest.raises(AssertionError, match="differs from the whole's"):
+        check_precision(Shared(), table=table(), grid=INT8)
+
+
+def test_activations_left_as_they_are_break_the_contract() -> None:
+    with pytest.raises(AssertionError, match="than rounding explains"):
+        check_precision(Fp8Format(), table=table(), grid=Grid(step=fp8_step, rounded=Tensor.float))
+
+
+def test_the_largest_weight_of_a_row_is_met() -> None:
+    weight = torch.randn(20, 300, generator=torch.Generator().manual_seed(5))
+    weight[3] = 0
+    for number_format, tolerance in ((Fp8Format(), 1e-6), (Int8Format(), 1e-6), (W4AFp8Format(), 2.0**-8)):
+        largest = number_format.dense(number_format.convert(weight)).abs().amax(dim=1)
+        torch.testing.assert_close(largest, weight.abs().amax(dim=1), rtol=tolerance, atol=0)
+
+
+def test_every_four_bit_number_survives_packing() -> None:
+    numbers = torch.arange(-8, 8, dtype=torch.int8)
+    pairs = torch.cartesian_prod(numbers, numbers)
+    assert torch.equal(unpack(pack(pairs)), pairs)
+    assert pack(torch.tensor([1, -2], dtype=torch.int8)).tolist() == [9 + (6 << 4)]
+
+
+def test_an_odd_row_is_told_from_an_even_one() -> None:
+    number_format = W4AFp8Format()
+    for in_features in (1, 2, 127, 128, 129, 130):
+        weight = torch.full((2, in_features), -3.0)
+        assert number_format.dense(number_format.convert(weight)).shape == weight.shape
+
+
+def test_e4m3_saturates_and_keeps_nan() -> None:
+    codes = to_e4m3(torch.tensor([1e9, -1e9, 449.0, float("inf"), float("nan")])).float()
+    assert codes[:4].tolist() == [448, -448, 448, 448]
+    assert codes[4].isnan()
+
+
+def test_a_token_with_nan_or_infinity_stays_so_and_spares_the_others() -> None:
+    x = torch.ones(3, 4)
+    x[0, 1], x[1, 2] = float("nan"), float("inf")
+    for number_format, _ in FORMATS:
+        multiply = number_format.bind(table(), LinearShape(2, 4), torch.float32, torch.device("cpu"))
+        y = multiply(x, number_format.convert(torch.ones(2, 4)))
+        assert not y[:2].isfinite().any()
+        torch.testing.assert_close(y[2], torch.full((2,), 4.0), rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("quantise", [round_e4m3, round_int8])
+@pytest.mark.parametrize("magnitude", [0.0, 1e-45, 1e-38, 1e38])
+def test_rows_at_the_ends_of_float32_stay_finite(quantise: object, magnitude: float) -> None:
+    assert callable(quantise)
+    x = torch.tensor([[magnitude, 0.0, -magnitude]])
+    codes, scale = quantise(x)
+    assert torch.isfinite(codes.float() * scale).all()
+    assert (codes.float() * scale - x).abs().max() <= max(magnitude / 16, TINY)

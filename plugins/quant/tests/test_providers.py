@@ -1,0 +1,42 @@
+"""Every provider of the plugin's ops agrees with the reference: generated from the kernel table."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from plexor.api import KernelTable
+from plexor.testing.kernels import cases, check_kernel
+from plexor_quant import plugin
+
+TABLE = KernelTable(plugin.ops(), plugin.kernels())
+CPU = torch.device("cpu")
+CUDA = torch.device("cuda")
+# torch has these products on a CPU as well, so that all but its CUDA code can be held to the reference here.
+PORTABLE = {
+    kernel.op: KernelTable(plugin.ops(), [replace(kernel, devices=frozenset({"cpu"}), capability=None)])
+    for kernel in plugin.kernels()
+    if kernel.provider == "torch" and kernel.op != "fp8_grouped_linear"
+}
+
+
+@pytest.mark.parametrize(("op", "provider", "dtype"), list(cases(TABLE, CPU)), ids=str)
+def test_provider_agrees_with_reference(op: str, provider: str, dtype: torch.dtype) -> None:
+    check_kernel(TABLE, op, provider, CPU, dtype)
+
+
+@pytest.mark.parametrize("op", PORTABLE)
+def test_product_of_torch_agrees_on_a_cpu(op: str) -> None:
+    check_kernel(PORTABLE[op], op, "torch", CPU, torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("op", "provider", "dtype"), list(cases(TABLE, CUDA)), ids=str)
+def test_provider_agrees_with_reference_on_cuda(op: str, provider: str, dtype: torch.dtype) -> None:
+    kernel = next(kernel for kernel in TABLE.kernels(op) if kernel.provider == provider)
+    if kernel.capability is not None and torch.cuda.get_device_capability() < kernel.capability:
+        pytest.skip("this device is older than the provider asks for")
+    check_kernel(TABLE, op, provider, CUDA, dtype)
