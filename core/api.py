@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from plexor.checkpoint.tokenizer import Tokenizer
     from plexor.checkpoint.view import Interleaved, Rows, Step, TensorView, Transpose
     from plexor.errors import CapacityError, CheckpointError, ConfigError, PlexorError, PluginError, RequestError
+    from plexor.extension.catalog import Catalog
     from plexor.extension.specs import (
         Architecture,
         Checkpoint,
@@ -73,6 +74,7 @@ _HOMES = {
         "PluginError",
         "RequestError",
     ),
+    "plexor.extension.catalog": ("Catalog",),
     "plexor.extension.specs": (
         "Architecture",
         "Checkpoint",
