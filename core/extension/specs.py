@@ -157,14 +157,16 @@ class InputProcessor:
 class Checkpoint:
     """A checkpoint that a plugin ships, so that a name stands for a folder.
 
-    folder: "package:relative/path". default: what is run when no model is named. sample: "module:function", called
-    with a seed, draws an input for it and says the expected answer: `(int) -> (PIL.Image.Image, str)`.
+    folder: "package:relative/path". default: what is run when no model is named. prompt: what it continues when no
+    prompt is given. sample: "module:function", called with a seed, draws an input for it and says the expected
+    answer: `(int) -> (PIL.Image.Image, str)`.
     """
 
     name: str
     folder: str
     summary: str
     default: bool = False
+    prompt: str = ""
     sample: Target = ""
 
 

@@ -12,13 +12,15 @@ from collections import deque
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from plexor.checkpoint.folder import ModelFolder
 from plexor.checkpoint.loader import LoadReport, Progress
 from plexor.config import EngineConfig
+from plexor.errors import ConfigError
 from plexor.extension.catalog import Catalog
 from plexor.kernels.table import resolve
-from plexor.runtime.packer import pack
+from plexor.runtime.packer import StepInput, pack
 from plexor.runtime.ranks import Ranks
 from plexor.runtime.request import FinishReason, Output, Request
 from plexor.runtime.runner import Pending
@@ -103,6 +105,14 @@ class EngineCore:
         self._ended = []
         self._tell(outputs)
         return outputs
+
+    def logits(self, step: StepInput) -> Tensor:
+        """The logits [R, V] of a step that no request asked for, for measuring; ConfigError while requests run."""
+        if self.has_work:
+            raise ConfigError("requests are running: measure when they have ended")
+        if self._ranks.size > 1:
+            raise ConfigError(f"measuring runs on one rank, not on {self._ranks.size}: leave --tp out")
+        return self._ranks.rank.runner.logits(step)
 
     def close(self) -> None:
         """End the processes of the other ranks."""

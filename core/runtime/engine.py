@@ -1,8 +1,8 @@
 """The Python door: prompts in, text out, everything in this process.
 
-    from plexor import Engine, SamplingParams
-    engine = Engine("path/to/checkpoint")
-    print(engine.generate("Once upon a time", SamplingParams(max_tokens=64))[0].text)
+from plexor import Engine, SamplingParams
+engine = Engine("path/to/checkpoint")
+print(engine.generate("Once upon a time", SamplingParams(max_tokens=64))[0].text)
 """
 
 from __future__ import annotations
@@ -165,7 +165,11 @@ class Engine:
         completion.total_seconds = now
         if delta.finish is None:
             return
-        completion.finish_reason, completion.stop_reason, completion.error = delta.finish, delta.stop_reason, delta.error
+        completion.finish_reason, completion.stop_reason, completion.error = (
+            delta.finish,
+            delta.stop_reason,
+            delta.error,
+        )
         del self._running[output.id]
         if delta.ends_early:
             self.core.finish(output.id, "stop", str(delta.stop_reason))

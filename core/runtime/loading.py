@@ -106,7 +106,9 @@ def choose_device(name: str) -> torch.device:
     """ "auto" is a GPU where there is one."""
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
-        raise ConfigError("device is 'cuda', but torch sees no GPU: check the driver with nvidia-smi, or use --device cpu")
+        raise ConfigError(
+            "device is 'cuda', but torch sees no GPU: check the driver with nvidia-smi, or use --device cpu"
+        )
     return torch.device("cuda", 0) if available and name != "cpu" else torch.device("cpu")
 
 

@@ -70,6 +70,10 @@ class PromptDesk:
         token_ids, media = self._processor("image").prepare(images, prompt, self.tokenizer.backend)
         return Prompt(tuple(token_ids), media)
 
+    def open_image(self, data: bytes) -> Image:
+        """A picture from a file's bytes, decoded as this model's processor allows; RequestError for what it refuses."""
+        return self._processor("image").open(data)
+
     def chat(self, messages: Sequence[Mapping[str, Any]], images: Sequence[Image] = ()) -> Prompt:
         """A conversation through the checkpoint's chat template, with the answer's beginning opened."""
         rendered = self.tokenizer.render_chat(messages)

@@ -115,11 +115,11 @@ class Ranks:
         self._pipes: list[Connection] = []
         self._processes: list[BaseProcess] = []
         self._folder = tempfile.TemporaryDirectory(prefix="plexor-")
-        size = config.tensor_parallel
+        self.size = config.tensor_parallel
         try:
-            if size > 1:
+            if self.size > 1:
                 self._start_others(config, catalog, folder)
-            self.rank = make_rank(config, catalog, folder, Mesh(0, size), progress)
+            self.rank = make_rank(config, catalog, folder, Mesh(0, self.size), progress)
         except BaseException:
             self.close()
             raise
@@ -151,10 +151,12 @@ class Ranks:
         try:
             pipe.send_bytes(data)
         except OSError as error:
-            raise PlexorError(f"rank {index + 1} has died ({error}): its own message stands above; start again") from error
+            raise PlexorError(
+                f"rank {index + 1} has died ({error}): its own message stands above; start again"
+            ) from error
 
     def _start_others(self, config: EngineConfig, catalog: Catalog, folder: ModelFolder) -> None:
-        size = config.tensor_parallel
+        size = self.size
         device = choose_device(config.device)
         if device.type == "cuda" and torch.cuda.device_count() < size:
             raise ConfigError(

@@ -52,15 +52,19 @@ class Runner:
         for new in step.new:
             self._sampler.admit(new)
             self._admit_media(new.slot, new.media)
-        batch = self._batch(step)
-        ctx = self._context(step)
-        hidden = self._model.forward(batch, ctx)
+        logits = self.logits(step)
         drawn = Drawn(self._drawn[:0], None)
         if step.logit_rows:
-            logits = self._model.logits(hidden[ctx.logit_rows])
             drawn = self._sampler.draw(logits, step.row_slots, step.row_steps)
         self._drawn = drawn.ids
         return self._send_back(drawn)
+
+    @torch.inference_mode()
+    def logits(self, step: StepInput) -> Tensor:
+        """The forward of a step: [R, V] float32."""
+        ctx = self._context(step)
+        hidden = self._model.forward(self._batch(step), ctx)
+        return self._model.logits(hidden[ctx.logit_rows])
 
     def _batch(self, step: StepInput) -> Batch:
         token_ids = self._integers(step.token_ids)

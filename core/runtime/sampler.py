@@ -152,7 +152,7 @@ class _History:
         self._said[token_id] += 1
 
     def penalise(self, row: Tensor, params: SamplingParams) -> None:
-        """Repetition as in CTRL (Keskar et al., 2019) over prompt and answer; presence and frequency over the answer."""
+        """Repetition (Keskar et al., 2019) over prompt and answer; presence and frequency over the answer alone."""
         if params.repetition_penalty != 1.0:
             scaled = torch.where(row > 0, row / params.repetition_penalty, row * params.repetition_penalty)
             row.copy_(torch.where(self._seen, scaled, row))

@@ -1,0 +1,38 @@
+"""`plexor explain`: how a model would be run, kernel by kernel and byte by byte, before a weight is read."""
+
+from __future__ import annotations
+
+import argparse
+
+from plexor.cli.options import add_model_options, engine_config, human_bytes
+from plexor.extension.catalog import Catalog
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", nargs="?", metavar="MODEL", help="a checkpoint folder or a shipped checkpoint's name")
+    add_model_options(parser)
+
+
+def run(arguments: argparse.Namespace, catalog: Catalog) -> int:
+    from plexor.cli.tables import print_choices
+    from plexor.runtime.engine import find_folder
+    from plexor.runtime.ledger import make_plan
+
+    arguments.model = arguments.path or arguments.model
+    config = engine_config(arguments)
+    folder = find_folder(config, catalog)
+    plan = make_plan(config, catalog, folder)
+    owner = catalog.owner("architectures", folder.architecture)
+    print(
+        f"{folder.path}: {folder.architecture}, served by plugin {owner.name!r} ({owner.distribution} {owner.version})"
+    )
+    print(
+        f"runs on {plan.device_name} in {plan.dtype}, precision {config.precision}, KV {config.kv}, ranks {config.tensor_parallel}"
+    )
+    print(f"context {plan.max_length:,}, vocabulary {plan.vocab_size:,}\n")
+    print_choices(plan.choices)
+    print("\nmemory of one rank")
+    for line in plan.lines:
+        print(f"    {line.name:<14} {human_bytes(line.num_bytes):>12}  {line.note}")
+    print(plan.verdict)
+    return 0

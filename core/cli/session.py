@@ -1,0 +1,81 @@
+"""An engine at the terminal: a progress bar while it loads, text as it comes, and figures after each answer."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
+
+from plexor.cli.options import human_bytes
+from plexor.config import EngineConfig
+from plexor.errors import PlexorError, RequestError
+from plexor.extension.catalog import Catalog
+from plexor.runtime.engine import Completion, Engine
+from plexor.runtime.prompts import Prompt
+from plexor.runtime.request import SamplingParams
+
+
+@contextmanager
+def open_engine(config: EngineConfig, catalog: Catalog) -> Iterator[tuple[Engine, float]]:
+    """The engine and the seconds that loading took."""
+    started = time.perf_counter()
+    bar = Progress(
+        TextColumn("loading weights"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeElapsedColumn(),
+        console=Console(file=sys.stderr),
+        transient=True,
+        disable=not sys.stderr.isatty(),
+    )
+    with bar:
+        task = bar.add_task("loading")
+        engine = Engine(
+            config=config,
+            catalog=catalog,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    with engine:
+        yield engine, time.perf_counter() - started
+
+
+def stream_answer(engine: Engine, prompt: Prompt, sampling: SamplingParams, out: TextIO) -> Completion:
+    """Print an answer as it comes; RequestError if it ended in an error."""
+    answer: Completion | None = None
+    for answer, delta in engine.stream(prompt, sampling):
+        out.write(delta.text)
+        out.flush()
+    if answer is None:
+        raise RequestError("the engine gave no answer: raise --max-tokens")
+    if answer.error is not None:
+        raise PlexorError(answer.error)
+    return answer
+
+
+def figures(answer: Completion, device: torch.device) -> str:
+    """tok/s over the whole answer, time to first token, peak memory, in one line."""
+    count = len(answer.token_ids)
+    return (
+        f"{count} tokens in {answer.total_seconds:.2f} s: {tokens_per_second(answer):.1f} tok/s, first token after "
+        f"{answer.first_token_seconds * 1000:.0f} ms, peak memory {human_bytes(peak_memory(device))}"
+    )
+
+
+def tokens_per_second(answer: Completion) -> float:
+    """Generated tokens over the time from the request to the last of them."""
+    return len(answer.token_ids) / answer.total_seconds if answer.total_seconds else 0.0
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes at the highest: of the GPU's allocator, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,103 @@
+"""The plan of a run before a weight is read: kernels chosen for each op, and where the memory goes."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from plexor.checkpoint.folder import ModelFolder
+from plexor.config import EngineConfig
+from plexor.extension.catalog import Catalog
+from plexor.kernels.table import Choice
+from plexor.parallel.mesh import Mesh
+from plexor.runtime.kv_cache import CPU_CACHE_BYTES, block_bytes
+from plexor.runtime.loading import BuiltModel, Placement, build_model, choose_device, choose_dtype
+from plexor.runtime.ranks import activation_bytes, context_length
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerLine:
+    """One use of memory on one rank."""
+
+    name: str
+    num_bytes: int
+    note: str
+
+
+@dataclass(frozen=True, slots=True)
+class RunPlan:
+    """What `plexor explain` prints."""
+
+    device_name: str
+    dtype: str
+    max_length: int
+    vocab_size: int
+    choices: tuple[Choice, ...]
+    lines: tuple[LedgerLine, ...]
+    verdict: str
+
+
+def make_plan(config: EngineConfig, catalog: Catalog, folder: ModelFolder) -> RunPlan:
+    """Build the model from tensors that take no memory, and count."""
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.dtype, folder.config)
+    table = catalog.kernel_table(config.kernels)
+    placement = Placement(device, dtype, config.precision, config.kv, Mesh(0, config.tensor_parallel))
+    with FakeTensorMode():
+        built = build_model(folder, catalog, table, placement)
+        each = block_bytes(built.model, built.build, config.block_size)
+    max_length = context_length(config, built)
+    total = _device_bytes(device)
+    usable = int(total * config.memory_fraction) if device.type == "cuda" else total
+    weights = weight_bytes(built)
+    step = activation_bytes(built, config.max_step_tokens, config.max_sequences)
+    left = usable - weights - step
+    budget = left if device.type == "cuda" else min(left, CPU_CACHE_BYTES // config.tensor_parallel)
+    most = config.max_sequences * -(-max_length // config.block_size)
+    num_blocks = config.num_blocks or max(min(budget // each, most), 0)
+    cached = num_blocks * config.block_size
+    lines = (
+        LedgerLine("weights", weights, f"precision {config.precision}"),
+        LedgerLine("KV blocks", num_blocks * each, f"{num_blocks:,} of {config.block_size} tokens: {cached:,} tokens"),
+        LedgerLine("activations", step, f"a step of {config.max_step_tokens:,} tokens, an estimate"),
+        LedgerLine("graphs", 0, "steps run without captured graphs"),
+        LedgerLine("left", usable - weights - step - num_blocks * each, f"of {usable:,} bytes usable"),
+    )
+    return RunPlan(
+        _device_name(device),
+        str(dtype).removeprefix("torch."),
+        max_length,
+        built.config.vocab_size,
+        table.choices,
+        lines,
+        _verdict(left, num_blocks, cached, max_length),
+    )
+
+
+def weight_bytes(built: BuiltModel) -> int:
+    """Bytes of all weights and tables of this rank, each storage counted once."""
+    tensors = {id(tensor): tensor for tensor in (*built.module.parameters(), *built.module.buffers())}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _verdict(left: int, num_blocks: int, cached: int, max_length: int) -> str:
+    if left < 0:
+        return f"does not fit: {-left:,} bytes are missing beside weights and activations; use fewer bits or more ranks"
+    if num_blocks < 1:
+        return "does not fit: no room is left for the cache; use fewer bits or more ranks"
+    if cached < max_length:
+        return f"fits, but no request may be longer than {cached:,} tokens: the cache holds less than one full context"
+    return f"fits: {cached // max_length:,} requests of the full context of {max_length:,} tokens at once"
+
+
+def _device_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"

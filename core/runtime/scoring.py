@@ -1,0 +1,74 @@
+"""Perplexity of a text through the engine's own model, cache and kernels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from plexor.errors import RequestError
+from plexor.runtime.engine import Engine
+from plexor.runtime.packer import StepInput
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """num_tokens: those that were predicted. loss: mean negative log likelihood of one, in nats."""
+
+    num_tokens: int
+    num_bytes: int
+    loss: float
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Over all bytes of the text, so that tokenizers can be compared."""
+        return self.loss * self.num_tokens / math.log(2) / self.num_bytes
+
+
+def score_text(engine: Engine, text: str, window: int) -> Score:
+    """Cut the text into windows of this many tokens and predict each token from those before it in its window.
+
+    RequestError for a text of fewer than two tokens.
+    """
+    token_ids = engine.prompts.tokenizer.encode(text, add_special_tokens=False)
+    if len(token_ids) < 2:
+        raise RequestError(f"the text has {len(token_ids)} tokens, but scoring needs at least 2: give a longer one")
+    total, count = 0.0, 0
+    for piece in _windows(token_ids, min(window, engine.core.limits.max_length)):
+        logits = engine.core.logits(_as_step(piece, engine.core.limits.block_size))
+        wanted = torch.tensor(piece[1:], dtype=torch.int64, device=logits.device)
+        total += float(torch.nn.functional.cross_entropy(logits, wanted, reduction="sum").double())
+        count += len(wanted)
+    return Score(count, len(text.encode()), total / count)
+
+
+def _windows(token_ids: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    """Neighbours share one token, so that every token but the text's first is predicted once."""
+    for start in range(0, len(token_ids) - 1, size - 1):
+        yield token_ids[start : start + size]
+
+
+def _as_step(token_ids: Sequence[int], block_size: int) -> StepInput:
+    """One sequence in the first blocks of an idle cache, a logit row for each token but the last."""
+    count = len(token_ids)
+    return StepInput(
+        step=0,
+        token_ids=list(token_ids),
+        previous_rows=[-1] * count,
+        positions=list(range(count)),
+        slots=list(range(count)),
+        query_start=[0, count],
+        kv_length=[count],
+        block_table=[list(range(-(-count // block_size)))],
+        logit_rows=list(range(count - 1)),
+        row_slots=[],
+        row_steps=[],
+        new=[],
+        media=[],
+    )
