@@ -398,7 +398,6 @@ class Scheduler:
         self.pool.free(sequence.blocks)
         self._free_slots.append(sequence.slot)
         sequence.blocks = []
-        sequence.num_registered = 0
         sequence.computed = 0
         sequence.slot = -1
 

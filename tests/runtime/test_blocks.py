@@ -15,10 +15,14 @@ CHAINS = [[f"{name}{index}".encode() for index in range(4)] for name in "ab"]
 @given(data=st.data(), num_blocks=st.integers(1, 9))
 def test_random_use_loses_no_block_and_shares_only_equal_ones(data: st.DataObject, num_blocks: int) -> None:
     """Tables follow one of two chains of content; a block's content is what was last registered or written."""
-    pool, tables, content = BlockPool(num_blocks, block_size=4), [], dict[int, bytes]()
+    pool = BlockPool(num_blocks, block_size=4)
+    tables: list[list[int]] = []
+    content: dict[int, bytes] = {}
     for _ in range(data.draw(st.integers(0, 25))):
-        if tables and data.draw(st.booleans()):
-            pool.free(tables.pop(data.draw(st.integers(0, len(tables) - 1))))
+        is_free = bool(tables) and data.draw(st.booleans())
+        if is_free:
+            index = data.draw(st.integers(0, len(tables) - 1))
+            pool.free(tables.pop(index))
         else:
             chain = data.draw(st.sampled_from(CHAINS))[: data.draw(st.integers(1, 4))]
             shared = pool.match(chain)

@@ -71,6 +71,12 @@ def random_ids(decoder: TextDecoder) -> st.SearchStrategy[list[int]]:
     return st.lists(st.one_of(st.integers(0, size + 2), st.integers(max(0, size - 12), size - 1), st.integers(0, 3)))
 
 
+def id_of(decoder: TextDecoder, token: str) -> int:
+    token_id = decoder.tokenizer.token_to_id(token)
+    assert token_id is not None
+    return token_id
+
+
 def streamed(decoder: TextDecoder, prompt: list[int], ids: list[int], skip: bool) -> str:
     stream = decoder.stream(prompt, skip_special_tokens=skip)
     return "".join([stream.push([token_id]) for token_id in ids]) + stream.flush()
@@ -110,9 +116,7 @@ def test_cutting_the_ids_differently_changes_nothing(data: st.DataObject) -> Non
 
 def test_a_character_comes_whole() -> None:
     decoder = byte_level()
-    ids = [
-        decoder.tokenizer.token_to_id(token) for token in pre_tokenizers.ByteLevel(False).pre_tokenize_str("🦖")[0][0]
-    ]
+    ids = [id_of(decoder, token) for token in pre_tokenizers.ByteLevel(False).pre_tokenize_str("🦖")[0][0]]
     stream = decoder.stream()
     assert [stream.push([token_id]) for token_id in ids] == ["", "", "", "🦖"]
     assert stream.flush() == ""
@@ -120,14 +124,14 @@ def test_a_character_comes_whole() -> None:
 
 def test_a_word_after_a_prompt_keeps_its_space() -> None:
     decoder = sentencepiece_like()
-    the, cat = decoder.tokenizer.token_to_id("▁the"), decoder.tokenizer.token_to_id("▁cat")
+    the, cat = id_of(decoder, "▁the"), id_of(decoder, "▁cat")
     assert decoder.stream([the]).push([cat]) == " cat"
     assert decoder.stream().push([cat]) == "cat"
 
 
 def test_an_unfinished_character_is_flushed_as_a_replacement() -> None:
     decoder = byte_level()
-    first = decoder.tokenizer.token_to_id(pre_tokenizers.ByteLevel(False).pre_tokenize_str("é")[0][0][0])
+    first = id_of(decoder, pre_tokenizers.ByteLevel(False).pre_tokenize_str("é")[0][0][0])
     stream = decoder.stream()
     assert stream.push([first]) == ""
     assert stream.flush() == REPLACEMENT
@@ -136,7 +140,7 @@ def test_an_unfinished_character_is_flushed_as_a_replacement() -> None:
 
 def test_special_tokens_are_left_out_or_kept() -> None:
     decoder = byte_level()
-    end = decoder.tokenizer.token_to_id("<|end|>")
+    end = id_of(decoder, "<|end|>")
     assert streamed(decoder, [], [end], skip=True) == ""
     assert streamed(decoder, [], [end], skip=False) == "<|end|>"
 

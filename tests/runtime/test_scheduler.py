@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from plexor.errors import ConfigError, PluginError, RequestError
 from plexor.runtime.packer import NewSequence, StepInput, pack
-from plexor.runtime.request import Media, Output, Request, SamplingParams, TokenLogprobs
+from plexor.runtime.request import FinishReason, Media, Output, Request, SamplingParams, TokenLogprobs
 from plexor.runtime.scheduler import Plan, Scheduler, SchedulerConfig
 
 VOCABULARY = 4
@@ -102,7 +102,8 @@ def text_of(request: Request) -> Text:
 
 def alone(request: Request, context: int) -> tuple[list[int], str]:
     """The tokens and the finish of a request that has the device to itself."""
-    text, sampling, tokens = text_of(request), request.sampling, []
+    text, sampling = text_of(request), request.sampling
+    tokens: list[int] = []
     limit = sampling.max_tokens or context - len(request.tokens)
     assert sampling.seed is not None
     while True:
@@ -180,6 +181,8 @@ def make_request(request_id: str, tokens: Sequence[int], max_tokens: int | None 
     return Request(request_id, tuple(tokens), sampling, end_ids=())
 
 
+REASONS: tuple[FinishReason, ...] = ("abort", "stop")
+
 PROMPTS = st.one_of(
     st.lists(st.integers(0, 1), min_size=1, max_size=24),
     st.integers(1, 24).map(lambda length: [0] * length),
@@ -240,7 +243,7 @@ def test_every_request_gets_the_tokens_it_would_get_alone(data: st.DataObject, c
         for _ in range(data.draw(st.sampled_from([0, 0, 1, 3, 9]), label="steps")):
             run.step(ahead=data.draw(st.booleans(), label="ahead"))
         if accepted and data.draw(st.sampled_from([False, False, True]), label="give up"):
-            victim, reason = data.draw(st.sampled_from(accepted)).id, data.draw(st.sampled_from(["abort", "stop"]))
+            victim, reason = data.draw(st.sampled_from(accepted)).id, data.draw(st.sampled_from(REASONS))
             output = run.scheduler.finish(victim, reason)
             assert (output is None) == any(earlier.finish for earlier in run.outputs[victim])
             if output is not None:
@@ -333,6 +336,25 @@ def test_the_youngest_gives_way_and_comes_back() -> None:
     assert all(len(run.tokens(name)) == 10 for name in "abc")
 
 
+def test_a_sequence_that_gave_way_waits_for_its_token_in_flight() -> None:
+    scheduler = Scheduler(make_config(block_size=2, num_blocks=5, prefix_caching=False))
+    scheduler.add(make_request("a", range(4), max_tokens=2))
+    scheduler.add(make_request("b", range(3), max_tokens=6))
+    first, second = scheduler.schedule(), scheduler.schedule()
+    assert first is not None
+    assert second is not None
+    scheduler.commit(first, [0, 0])
+    assert scheduler.schedule() is None  # a's last token is in flight, and b has just lost its blocks
+    assert scheduler.abort("a") is not None
+    assert scheduler.schedule() is None
+    (output,) = scheduler.commit(second, [0, 1])
+    assert (output.id, output.token_ids) == ("b", (1,))
+    resumed = scheduler.schedule()
+    assert resumed is not None
+    assert [(piece.start, piece.length, piece.samples) for piece in resumed.pieces] == [(0, 5, True)]
+    assert pack(resumed, block_size=2).new[0].generated_ids == [0, 1]
+
+
 def test_a_shared_prompt_is_computed_once_even_in_one_step() -> None:
     run = Run(make_config(max_step_tokens=64))
     for name in "abc":
@@ -359,6 +381,15 @@ def test_salts_and_other_pictures_share_nothing() -> None:
         run.add(Request(name, tuple(range(10)), SamplingParams(max_tokens=1), (), media, cache_salt=salt))
         run.finish()
     assert [run.outputs[name][-1].num_cached_tokens for name in "abcd"] == [0, 0, 0, 8]
+
+
+def test_one_picture_at_two_places_shares_nothing() -> None:
+    run = Run(make_config())
+    for name, start, length in (("a", 1, 2), ("b", 2, 2), ("c", 1, 1)):
+        media = (Media("image", start, length, b"cat", numpy.zeros(1)),)
+        run.add(Request(name, (0,) * 10, SamplingParams(max_tokens=1), (), media))
+        run.finish()
+    assert [run.outputs[name][-1].num_cached_tokens for name in "abc"] == [0, 0, 0]
 
 
 @pytest.mark.parametrize(
