@@ -120,6 +120,7 @@ __all__ = [
     "Batch",
     "Build",
     "CapacityError",
+    "Catalog",
     "Checkpoint",
     "CheckpointError",
     "CheckpointFormat",
