@@ -217,7 +217,9 @@ def _step(
 
 def _oracle(folder: Path) -> Any:
     auto: Any = transformers.AutoModelForCausalLM
-    return auto.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    # Left to choose, transformers multiplies experts with a product of torch's that takes no odd sizes.
+    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    return auto.from_pretrained(folder, dtype=torch.float32, **eager).eval()
 
 
 def _vocab_size(folder: Path) -> int:
