@@ -46,7 +46,9 @@ def rms_norm(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
     yield Sample("heads inside a fused projection", (heads, make.normal(24), 1e-6))
     yield Sample("rows of a wider tensor", (fused[:, 5:69], make.normal(64), 1e-6))
     yield Sample("four axes", (make.normal(2, 3, 4, 32), make.normal(32), 1e-6))
-    yield Sample("one row of zeros", (make.normal(2, 48) * make.floats([0, 1])[:, None].to(dtype), make.normal(48), 1e-5))
+    yield Sample(
+        "one row of zeros", (make.normal(2, 48) * make.floats([0, 1])[:, None].to(dtype), make.normal(48), 1e-5)
+    )
     yield Sample("large values", (make.normal(2, 64, scale=300.0), make.normal(64), 1e-5))
 
 
@@ -147,6 +149,8 @@ def paged_attention(device: torch.device, dtype: torch.dtype) -> Iterable[Sample
     pieces = [(9, 50), (1, 31), (1, 16), (4, 4)]
     for storage in storages(dtype)[1:]:
         yield attention_sample(make, f"cache of {name_of(storage)}", pieces, (6, 2, 32), None, storage)
+    yield attention_sample(make, "long pieces", [(150, 150), (1, 3), (90, 200)], (4, 2, 16), None, dtype)
+    yield attention_sample(make, "long pieces, window 70", [(150, 150), (90, 200)], (4, 2, 16), 70, dtype)
     yield attention_sample(make, "padding rows", pieces, (4, 2, 16), None, dtype, num_padding=5)
     yield attention_sample(make, "only padding rows", [], (4, 2, 16), None, dtype, num_padding=3)
     yield attention_sample(make, "decodes and padding", [(1, 8), (1, 20)], (4, 2, 16), 7, dtype, num_padding=2)
@@ -213,6 +217,7 @@ def grouped_linear(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]
         ("rows of no group", [2, 0, 6], 4, 40, 24),
         ("only rows of no group", [0, 0], 3, 16, 16),
         ("uneven groups", [70, 1, 0, 17, 40, 2, 0, 31], 3, 80, 72),
+        ("long groups", [150, 0, 120, 130], 5, 70, 130),
         ("more groups than rows", [1, 0, 1, 1, 0, 0, 0, 1] * 4, 0, 48, 64),
     ):
         x = make.normal(sum(counts) + padding, inputs)
@@ -252,9 +257,7 @@ def sample(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
     yield sampling_sample(make, "far apart", wide, [off, (0.1, 3, 0.9, 0.0)])
 
 
-def sampling_sample(
-    make: Maker, name: str, logits: Tensor, rows: Sequence[tuple[float, int, float, float]]
-) -> Sample:
+def sampling_sample(make: Maker, name: str, logits: Tensor, rows: Sequence[tuple[float, int, float, float]]) -> Sample:
     """A call of sample; rows: (temperature, top_k, top_p, min_p); seeds use all 64 bits."""
     temperature, top_k, top_p, min_p = ([row[column] for row in rows] for column in range(4))
     seeds = [0x9E3779B97F4A7C15 * (row + 1) % 2**64 - 2**63 for row in range(len(rows))]

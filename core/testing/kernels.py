@@ -31,9 +31,7 @@ def cases(table: KernelTable, device: torch.device) -> Iterator[tuple[str, str, 
                     yield name, kernel.provider, getattr(torch, dtype)
 
 
-def reason_to_skip(
-    table: KernelTable, op: str, provider: str, device: torch.device, dtype: torch.dtype
-) -> str | None:
+def reason_to_skip(table: KernelTable, op: str, provider: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why a case cannot be run although its provider serves it; None if it can."""
     if not _is_interpreted(_kernel(table, op, provider), device):
         return None
@@ -158,16 +156,17 @@ def _poisoned_memory() -> Iterator[None]:
     """Fresh tensors hold NaN or the largest integer inside, so that what a provider leaves unwritten shows."""
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    fills = torch.utils.deterministic.fill_uninitialized_memory
+    memory: Any = torch.utils.deterministic
+    fills = memory.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    memory.fill_uninitialized_memory = True
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*deterministic")
             yield
     finally:
         torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = fills
+        memory.fill_uninitialized_memory = fills
 
 
 def _claims(op: Op, kernel: Kernel, sample: Sample, device: torch.device, dtype: torch.dtype) -> bool:

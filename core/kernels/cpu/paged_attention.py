@@ -39,9 +39,8 @@ def paged_attention(
     for chunk in chunks(decodes, lengths, cache["keys"][0, 0].numel(), window):
         picked = torch.tensor(chunk)
         length = kv_length[picked].long().unsqueeze(1)
-        rows = query_start[picked]
-        attended = attend_decodes(q[rows], cache, block_table[picked], length, scale, window)
-        out[rows] = attended
+        first = query_start[picked]
+        out[first] = attend_decodes(q[first], cache, block_table[picked], length, scale, window)
     return out
 
 
@@ -59,7 +58,7 @@ def widened(entries: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def attend_piece(q: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None) -> Tensor:
-    """q [n, N, D], the last n positions of keys and values [L, K, D] -> [n, N, D]."""
+    """Attend one piece: q [n, N, D], the last n positions of keys and values [L, K, D] -> [n, N, D]."""
     num_rows, length = q.shape[0], keys.shape[0]
     visible = None
     if num_rows < length or (window is not None and window < length):
@@ -96,7 +95,7 @@ def chunks(decodes: list[int], lengths: list[int], entry_size: int, window: int 
 def attend_decodes(
     q: Tensor, cache: LayerCache, block_table: Tensor, length: Tensor, scale: float, window: int | None
 ) -> Tensor:
-    """q [S, N, D], one row of each sequence with length [S, 1] int64 -> [S, N, D].
+    """Attend q [S, N, D], one row of each sequence with length [S, 1] int64 -> [S, N, D].
 
     The query heads of a KV head stand as rows beside each other, since all of them see the same positions:
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def grouped_linear(x: Tensor, weight: Tensor, group_end: Tensor) -> Tensor:
-    """x [M, in], weight [G, out, in], group_end [G] int32 -> [M, out].
+    """Multiply x [M, in], weight [G, out, in], group_end [G] int32 -> [M, out].
 
     Group g owns the rows from group_end[g - 1] (0 for the first) to group_end[g], possibly none. Rows from
     group_end[-1] on belong to no group and come back as zeros.

@@ -22,7 +22,7 @@ def kv_write(k: Tensor, v: Tensor, slots: Tensor, cache: LayerCache) -> None:
 
 
 def saturated(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in another floating dtype, where what exceeds its range becomes its largest finite value; NaN stays NaN."""
+    """Cast x to another floating dtype, with what exceeds its range at its largest finite value; NaN stays NaN."""
     limit = torch.finfo(dtype).max
     if limit >= torch.finfo(x.dtype).max:
         return x.to(dtype)

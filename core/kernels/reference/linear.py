@@ -7,5 +7,5 @@ from torch.nn import functional
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [T, in], weight [out, in] -> [T, out]."""
+    """Multiply x [T, in], weight [out, in] -> [T, out]."""
     return functional.linear(x, weight)

@@ -18,7 +18,7 @@ def paged_attention(
     window: int | None,
     max_query: int,
 ) -> Tensor:
-    """q [T, N, D] over cache "keys", "values" [num_blocks, block_size, K, D] -> [T, N, D] in q's dtype.
+    """Attend q [T, N, D] over cache "keys", "values" [num_blocks, block_size, K, D] -> [T, N, D] in q's dtype.
 
     Sequence s owns rows query_start[s] to query_start[s + 1] ([S + 1] int32) and the first kv_length[s] ([S] int32)
     entries of the blocks in block_table[s] ([S, B] int32). Its rows are its last positions: row i of n stands at
@@ -51,7 +51,7 @@ def visible_positions(num_rows: int, length: int, window: int | None, device: to
 
 
 def dense_attention(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: float) -> Tensor:
-    """q [n, N, D], keys and values [L, K, D], visible [n, L] -> [n, N, D], all float32."""
+    """Attend q [n, N, D], keys and values [L, K, D], visible [n, L] -> [n, N, D], all float32."""
     group = q.shape[1] // keys.shape[1]
     keys, values = (entries.repeat_interleave(group, dim=1) for entries in (keys, values))
     scores = torch.einsum("qhd,khd->hqk", q, keys) * scale

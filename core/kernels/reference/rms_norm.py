@@ -7,8 +7,8 @@ from torch.nn import functional
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x [..., H] with a contiguous last axis, weight [H] -> [..., H] in x's dtype.
+    """Normalise x [..., H] with a contiguous last axis, weight [H] -> [..., H] in x's dtype.
 
-    Normalised in float32 and rounded to x's dtype before the weight is applied, as the published models were trained.
+    Computed in float32 and rounded to x's dtype before the weight is applied, as published models were trained.
     """
     return functional.rms_norm(x.float(), weight.shape, None, eps).to(x.dtype) * weight

@@ -12,7 +12,7 @@ from plexor.kernels.reference.kv_write import kv_write
 def rotary_kv_write(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, slots: Tensor, cache: LayerCache
 ) -> Tensor:
-    """q [T, N, D], k and v [T, K, D] -> rotated q [T, N, D], contiguous; k (rotated) and v go to the cache.
+    """Rotate q [T, N, D] and k [T, K, D], store k and v [T, K, D] -> rotated q [T, N, D], contiguous.
 
     cos, sin [P, R / 2] float32 are looked up at positions [T] int64. The first R features of each head turn, feature i
     with feature i + R / 2; the rest pass through. The math is float32, rounded to q's dtype before anything is stored.
@@ -24,7 +24,7 @@ def rotary_kv_write(
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [T, N, D] turned by cos, sin [T, R / 2], in x's dtype."""
+    """Turn x [T, N, D] by cos, sin [T, R / 2]; the result has x's dtype."""
     half = cos.shape[-1]
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     first, second, rest = x.float().split((half, half, x.shape[-1] - 2 * half), dim=-1)

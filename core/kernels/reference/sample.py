@@ -11,7 +11,7 @@ from plexor.kernels.random import uniform
 def sample(
     logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seeds: Tensor, steps: Tensor
 ) -> Tensor:
-    """logits [R, V] float32 -> ids [R] int64; each other argument is [R].
+    """Choose from logits [R, V] float32 -> ids [R] int64; each other argument is [R].
 
     temperature float32: 0 takes the lowest index among the largest logits; otherwise p = softmax(logits / temperature).
     Then tokens are dropped, in this order:

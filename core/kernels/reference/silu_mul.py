@@ -7,6 +7,6 @@ from torch.nn import functional
 
 
 def silu_mul(x: Tensor) -> Tensor:
-    """x [T, 2 * I], gate in the first half -> [T, I]."""
+    """Gate x [T, 2 * I], gate in the first half -> [T, I]."""
     gate, up = x.chunk(2, dim=-1)
     return functional.silu(gate) * up

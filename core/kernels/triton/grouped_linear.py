@@ -10,7 +10,7 @@ from torch import Tensor
 from plexor.kernels.triton.ragged import find_owner, tile_rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def grouped_linear_kernel(
     x,
     weight,

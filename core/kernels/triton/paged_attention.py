@@ -15,7 +15,7 @@ from plexor.kernels.triton.ragged import find_owner, tile_rows
 LOG2_E = 1.4426950408889634
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_sequences", "block_table_stride"])
 def paged_attention_kernel(
     q,
     keys,
@@ -117,7 +117,7 @@ def paged_attention(
     num_sequences = kv_length.shape[0]
     group = num_heads // num_kv_heads
     size = max(16, triton.next_power_of_2(head_size))
-    heads_and_rows = max(16 if max_query == 1 else 64, triton.next_power_of_2(group))
+    heads_and_rows = max(16 if max_query == 1 else 128 // q.element_size(), triton.next_power_of_2(group))
     tile = heads_and_rows // group if max_query > 1 else 1
     paged_attention_kernel[(num_rows // tile + num_sequences + 1, num_kv_heads)](
         q,

@@ -8,9 +8,19 @@ import triton.language as tl
 from torch import Tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def rms_norm_kernel(
-    x, weight, out, num_rows, num_inner, hidden, outer_stride, inner_stride, eps, ROWS: tl.constexpr, WIDTH: tl.constexpr
+    x,
+    weight,
+    out,
+    num_rows,
+    num_inner,
+    hidden,
+    outer_stride,
+    inner_stride,
+    eps,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     feature = tl.arange(0, WIDTH)

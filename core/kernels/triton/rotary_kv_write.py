@@ -18,7 +18,6 @@ def turn_heads(
     source,
     source_stride,
     target,
-    target_stride,
     head,
     num_heads,
     head_size,
@@ -31,7 +30,7 @@ def turn_heads(
 ):
     """Rotate the first 2 * half features of some heads and copy the rest, from source to target."""
     source = source + head[:, None] * source_stride
-    target = target + head[:, None] * target_stride
+    target = target + head[:, None] * head_size
     feature = tl.arange(0, HALF)[None, :]
     inside = (head < num_heads)[:, None] & (feature < half)
     first = tl.load(source + feature, mask=inside, other=0.0).to(tl.float32)
@@ -45,6 +44,16 @@ def turn_heads(
         inside = (head < num_heads)[:, None] & (rest < head_size)
         passed = tl.load(source + rest, mask=inside, other=0.0).to(tl.float32)
         tl.store(target + rest, saturated(passed, limit).to(target.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def copy_heads(source, source_stride, target, head, num_heads, head_size, limit, SIZE: tl.constexpr):
+    """Store some heads as they are."""
+    feature = tl.arange(0, SIZE)[None, :]
+    inside = (head < num_heads)[:, None] & (feature < head_size)
+    value = tl.load(source + head[:, None] * source_stride + feature, mask=inside, other=0.0).to(tl.float32)
+    value = saturated(value, limit).to(target.dtype.element_ty)
+    tl.store(target + head[:, None] * head_size + feature, value, mask=inside)
 
 
 @triton.jit
@@ -84,27 +93,43 @@ def rotary_kv_write_kernel(
     c = tl.load(cos + angle, mask=feature < half, other=0.0)[None, :]
     s = tl.load(sin + angle, mask=feature < half, other=0.0)[None, :]
     if part < num_query_parts:
-        head = part * HEADS + tl.arange(0, HEADS)
-        source = q + token * q_token_stride
-        target = out + token * num_heads * head_size
+        queries = part * HEADS + tl.arange(0, HEADS)
         turn_heads(
-            source, q_head_stride, target, head_size, head, num_heads, head_size, c, s, half, float("inf"), HALF, REST
+            q + token * q_token_stride,
+            q_head_stride,
+            out + token * num_heads * head_size,
+            queries,
+            num_heads,
+            head_size,
+            c,
+            s,
+            half,
+            float("inf"),
+            HALF,
+            REST,
         )
     else:
         slot = tl.load(slots + token)
         if slot >= 0:
             head = (part - num_query_parts) * HEADS + tl.arange(0, HEADS)
-            source = k + token * k_token_stride
-            target = keys + slot * entry_stride
+            entry = slot * entry_stride
             turn_heads(
-                source, k_head_stride, target, head_size, head, num_kv_heads, head_size, c, s, half, limit, HALF, REST
+                k + token * k_token_stride,
+                k_head_stride,
+                keys + entry,
+                head,
+                num_kv_heads,
+                head_size,
+                c,
+                s,
+                half,
+                limit,
+                HALF,
+                REST,
             )
-            feature = tl.arange(0, SIZE)[None, :]
-            inside = (head < num_kv_heads)[:, None] & (feature < head_size)
-            source = v + token * v_token_stride + head[:, None] * v_head_stride + feature
-            value = saturated(tl.load(source, mask=inside, other=0.0).to(tl.float32), limit)
-            target = values + slot * entry_stride + head[:, None] * head_size + feature
-            tl.store(target, value.to(values.dtype.element_ty), mask=inside)
+            copy_heads(
+                v + token * v_token_stride, v_head_stride, values + entry, head, num_kv_heads, head_size, limit, SIZE
+            )
 
 
 def rotary_kv_write(
