@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import tokenizers
-import torch
 from PIL import Image
 
 from plexor.api import CheckpointError, Fields, Media, RequestError, read_object
@@ -97,7 +96,7 @@ class Blip2Processor:
             )
         num_queries = self.model.qformer.num_queries
         pixels = self._pixels(images[0])
-        media = Media("image", 0, num_queries, _digest(pixels), torch.from_numpy(pixels))
+        media = Media("image", 0, num_queries, _digest(pixels), pixels)
         return [token_id] * num_queries + prompt_ids, (media,)
 
     def _pixels(self, image: Image.Image) -> npt.NDArray[np.float32]:
