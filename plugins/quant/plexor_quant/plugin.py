@@ -34,7 +34,7 @@ def precisions() -> Iterable[Precision]:
             name="int8_sq",
             format="plexor_quant.int8_sq:Int8Format",
             summary="int8 weights with a scale for each output channel, int8 activations with a scale for each token",
-            needs="fast from compute capability 8.0 on when sizes are multiples of 8; elsewhere exact products of float32 run",
+            needs="fast from compute capability 8.0 on for sizes in multiples of 8; elsewhere slow but exact",
         ),
         Precision(
             name="w4a_fp8",

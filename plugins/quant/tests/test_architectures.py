@@ -43,6 +43,13 @@ WIDE: dict[str, Any] = {
     **ENDS,
 }
 GPT2: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "n_embd": 160, "n_head": 2, "n_layer": 2, "n_positions": 64, **ENDS}
+# The half of a model that sees; the language half is what is compared here.
+SMALL: dict[str, Any] = {
+    "hidden_size": 36,
+    "intermediate_size": 52,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+}
 CONFIGS: Mapping[str, Callable[[], transformers.PretrainedConfig]] = {
     "LlamaForCausalLM": lambda: transformers.LlamaConfig(**GROUPED, attention_bias=True),
     "MistralForCausalLM": lambda: transformers.MistralConfig(**GROUPED),
@@ -54,6 +61,13 @@ CONFIGS: Mapping[str, Callable[[], transformers.PretrainedConfig]] = {
     "MixtralForCausalLM": lambda: transformers.MixtralConfig(**GROUPED, num_local_experts=5, num_experts_per_tok=2),
     "Qwen3MoeForCausalLM": lambda: transformers.Qwen3MoeConfig(
         **GROUPED, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=37
+    ),
+    "Blip2ForConditionalGeneration": lambda: transformers.Blip2Config(
+        vision_config={**SMALL, "image_size": 20, "patch_size": 10},
+        qformer_config={**SMALL, "vocab_size": 300},
+        text_config=transformers.OPTConfig(**WIDE, ffn_dim=100, word_embed_proj_dim=160).to_dict(),
+        num_query_tokens=3,
+        image_token_index=3,
     ),
 }
 TINY = torch.finfo(torch.float32).tiny
@@ -99,7 +113,8 @@ def test_logits_equal_those_of_the_dense_reference(folder: Path, precision: str)
     prompts = random_prompts(VOCAB_SIZE)
     plain = torch.cat(run(reference, prompts, (7, 1)))
     pairs = _linears(quantised.module, reference.module)
-    assert pairs
+    kinds = {type(module) for module in quantised.module.modules()} & {Linear, GroupedLinear}
+    assert {type(kept) for kept, _ in pairs} == kinds, "a kind of layer is dense in spite of the precision"
     for kept, dense in pairs:
         dense.stored["weight"].copy_(quantised.build.format.dense(kept.stored))
     rounded_weights = torch.cat(run(reference, prompts, (7, 1)))
