@@ -117,7 +117,7 @@ class _Plain:
         target = self._tensors[piece[2]]
         view.expect(tuple(target.shape))
         with torch.no_grad():
-            target.copy_(view.read())
+            target.copy_(view.read_as(target.dtype))
 
 
 def _placements(matches: Iterable[Match], source: TensorSource, name: str) -> Iterator[_Placement]:
@@ -164,7 +164,8 @@ def _check(
                 )
             filled[place] = name
     wanted = {(name, piece) for name, target in targets.items() for piece in target.pieces}
-    missing = [book.source_of(target, *piece) for target, piece in sorted(wanted - filled.keys())]
+    lacking = [book.source_of(target, *piece) for target, piece in sorted(wanted - filled.keys())]
+    missing = list(dict.fromkeys(lacking))  # a tensor that holds a stack, or several parts, is one
     problems = []
     if missing:
         problems.append(f"lacks {len(missing)} tensors that the model needs ({_some(missing)})")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from plexor.checkpoint.source import TensorSource, check_finite
@@ -22,6 +23,18 @@ class TensorView:
     def read(self, *index: slice) -> Tensor:
         """The part of the tensor at these slices (stop and start set, step 1), on the CPU."""
         raise NotImplementedError
+
+    def read_as(self, dtype: torch.dtype, *index: slice) -> Tensor:
+        """As `read`, in another floating dtype; CheckpointError if a value is beyond its range."""
+        tensor = self.read(*index)
+        kept = tensor.to(dtype)
+        if torch.finfo(dtype).max < torch.finfo(tensor.dtype).max and not bool(kept.isfinite().all()):
+            name = str(dtype).removeprefix("torch.")
+            raise CheckpointError(
+                f"{self.origin} holds {float(tensor.abs().max()):.3g}, which is beyond the range of {name}: "
+                "choose a wider --dtype"
+            )
+        return kept
 
     def expect(self, shape: tuple[int, ...]) -> None:
         """CheckpointError unless the view has this shape."""

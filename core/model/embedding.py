@@ -32,7 +32,8 @@ class VocabEmbedding(nn.Module):
     def load_piece(self, piece: tuple[int, int, str], view: TensorView) -> None:
         view.expect((self.vocab_size, self._hidden_size))
         if self._rows:
-            self.weight[: len(self._rows)].copy_(view.read(slice(self._rows.start, self._rows.stop)))
+            rows = slice(self._rows.start, self._rows.stop)
+            self.weight[: len(self._rows)].copy_(view.read_as(self.weight.dtype, rows))
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """[T] int64 -> [T, H]"""

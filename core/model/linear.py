@@ -98,8 +98,8 @@ class LinearWeight(nn.Module):
         view.expect((self.parts[part].size, self.in_features))
         rows, columns = self._rows[part], self._columns
         device = self.stored[self._storage[0].name].device
-        weight = view.read(slice(rows.start, rows.stop), slice(columns.start, columns.stop))
-        kept = self._format.load(self._format.convert(weight.to(device=device, dtype=self._dtype)))
+        weight = view.read_as(self._dtype, slice(rows.start, rows.stop), slice(columns.start, columns.stop))
+        kept = self._format.load(self._format.convert(weight.to(device)))
         offset = sum(len(rows) for rows in self._rows[:part])
         for stored in self._storage:
             self._place(self.stored[stored.name], kept[stored.name], group, stored.out_axis, offset)
@@ -110,7 +110,8 @@ class LinearWeight(nn.Module):
         view.expect((self.parts[part].size,))
         rows = self._rows[part]
         offset = sum(len(rows) for rows in self._rows[:part])
-        self._place(self.bias, view.read(slice(rows.start, rows.stop)), group, 0, offset)
+        bias = view.read_as(self._dtype, slice(rows.start, rows.stop))
+        self._place(self.bias, bias, group, 0, offset)
 
     def _place(self, target: Tensor, value: Tensor, group: int, out_axis: int | None, offset: int) -> None:
         if self.groups > 1:

@@ -179,7 +179,8 @@ class _Cache:
 
     def slot(self, sequence: int, position: int) -> int:
         """Where the entry of a sequence's position goes."""
-        return self.blocks[sequence][position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
+        block: int = self.blocks[sequence][position // BLOCK_SIZE]
+        return block * BLOCK_SIZE + position % BLOCK_SIZE
 
 
 def _step(
