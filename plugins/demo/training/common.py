@@ -1,5 +1,6 @@
 """What the training scripts share: the schedule over wall-clock time, the log and the optimizer."""
 
+import json
 import math
 import time
 from pathlib import Path
@@ -64,3 +65,13 @@ def hardware(device: str) -> str:
 def settled(model: nn.Module) -> dict[str, torch.Tensor]:
     """A copy of the model's weights as they are now."""
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def name_tokenizer_class(folder: Path) -> None:
+    """Writes the tokenizer's settings in the words that transformers 4 knows too, not only transformers 5."""
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if "extra_special_tokens" in settings:
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

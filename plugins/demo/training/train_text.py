@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import Log, Schedule, hardware, optimizer, settled
+from common import Log, Schedule, hardware, name_tokenizer_class, optimizer, settled
 from torch import nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 from transformers import PreTrainedTokenizerFast
@@ -166,6 +166,7 @@ def save(model: nn.Module, weights: dict[str, torch.Tensor], name: str, data: Pa
         clean_up_tokenization_spaces=False,
     )
     tokenizer.save_pretrained(out)
+    name_tokenizer_class(out)
     shutil.copyfile(CHAT_TEMPLATE, out / "chat_template.jinja")
 
 

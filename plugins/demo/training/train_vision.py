@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import Log, Schedule, hardware, optimizer, settled
+from common import Log, Schedule, hardware, name_tokenizer_class, optimizer, settled
 from plexor_demo.pictures import COLOURS, PLACES, SHAPES, SIZE, TRAINING_SEEDS, draw
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
@@ -43,7 +43,7 @@ PROMPTS = (
     "a picture of",
     "Caption:",
 )
-LONGEST_PROMPT = 16
+LONGEST_PROMPT = 24
 LONGEST_CAPTION = 40
 
 
@@ -217,9 +217,7 @@ def save(weights: dict[str, torch.Tensor], tokenizer: Tokenizer, out: Path) -> N
     )
     Blip2Processor(images, wrapped, num_query_tokens=QUERIES).save_pretrained(out)
     images.save_pretrained(out)
-    for name in ("processor_config.json", "preprocessor_config.json"):
-        path = out / name
-        path.write_text(path.read_text(encoding="utf-8").replace("BlipImageProcessorPil", "BlipImageProcessor"))
+    name_tokenizer_class(out)
 
 
 def main() -> None:
