@@ -1,0 +1,1 @@
+"""Providers written in Triton."""
