@@ -1,0 +1,194 @@
+"""The engine as its user sees it: answers, their ends, independence of neighbours, ranks, errors."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from plexor import Engine, EngineConfig, SamplingParams
+from plexor.errors import ConfigError, RequestError
+from plexor.runtime.request import Output
+from plexor.runtime.stats import StepStats
+
+GREEDY = SamplingParams(temperature=0, max_tokens=16, ignore_end=True)
+
+
+def prompts(count: int, seed: int = 0) -> list[list[int]]:
+    draw = random.Random(seed)
+    return [[draw.randrange(3, 301) for _ in range(draw.randint(1, 40))] for _ in range(count)]
+
+
+def engine(folder: Path, **changes: object) -> Engine:
+    settings = {"num_blocks": 64, "max_sequences": 16, **changes}
+    return Engine(str(folder), config=EngineConfig(**settings))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def shared(tiny: Path) -> Engine:
+    return engine(tiny)
+
+
+@pytest.mark.parametrize("steps_ahead", [0, 1])
+def test_a_batch_equals_one_by_one(tiny: Path, steps_ahead: int) -> None:
+    asked = prompts(9)
+    with engine(tiny, steps_ahead=steps_ahead, chunk=7) as together, engine(tiny) as alone:
+        expected = [alone.generate(prompt, GREEDY)[0].token_ids for prompt in asked]
+        assert [answer.token_ids for answer in together.generate(asked, GREEDY)] == expected
+
+
+def test_a_seed_draws_the_same_alone_and_in_any_batch(shared: Engine) -> None:
+    drawing = SamplingParams(temperature=1.3, top_p=0.95, seed=11, max_tokens=24, ignore_end=True)
+    mine, *others = prompts(8, seed=5)
+    alone = shared.generate(mine, drawing)[0].token_ids
+    crowd = shared._ask(shared._prompt(mine), drawing)
+    for index, other in enumerate(others):
+        crowd += shared._ask(shared._prompt(other), SamplingParams(temperature=1.0, max_tokens=5 + index))
+    while shared.core.has_work:
+        shared.step()
+    assert crowd[0].completion.token_ids == alone
+
+
+def test_two_seeds_differ_and_answers_to_one_prompt_too(shared: Engine) -> None:
+    drawing = SamplingParams(temperature=1.5, seed=1, n=3, max_tokens=16, ignore_end=True)
+    answers = shared.generate([5, 6, 7], drawing)
+    assert [answer.index for answer in answers] == [0, 1, 2]
+    assert len({tuple(answer.token_ids) for answer in answers}) == 3
+    again = shared.generate([5, 6, 7], drawing)
+    assert [answer.token_ids for answer in again] == [answer.token_ids for answer in answers]
+
+
+def test_a_stop_string_ends_the_text_before_it(shared: Engine) -> None:
+    whole = shared.generate([9, 8, 7], GREEDY)[0].text
+    stop = whole[4:6]
+    answer = shared.generate([9, 8, 7], SamplingParams(temperature=0, max_tokens=16, ignore_end=True, stop=(stop,)))[0]
+    assert answer.text == whole[: whole.index(stop)]
+    assert (answer.finish_reason, answer.stop_reason) == ("stop", stop)
+    while shared.core.has_work:
+        shared.step()
+    shared.core.scheduler.check()
+    assert shared.core.scheduler.pool.num_free == shared.core.limits.num_blocks
+
+
+def test_an_end_id_ends_the_answer_and_is_not_part_of_its_text(shared: Engine) -> None:
+    ids = shared.generate([9, 8, 7], GREEDY)[0].token_ids
+    stopping = SamplingParams(temperature=0, max_tokens=16, ignore_end=True, stop_token_ids=(ids[2],))
+    answer = shared.generate([9, 8, 7], stopping)[0]
+    assert answer.token_ids == ids[: ids.index(ids[2]) + 1]
+    assert (answer.finish_reason, answer.stop_reason) == ("stop", ids[2])
+    held_off = SamplingParams(temperature=0, max_tokens=16, min_tokens=9, ignore_end=True, stop_token_ids=(ids[0],))
+    later = shared.generate([9, 8, 7], held_off)[0].token_ids
+    assert ids[0] not in later[:9]
+
+
+def test_streaming_gives_the_same_text_in_pieces(shared: Engine) -> None:
+    whole = shared.generate([4, 4, 2], GREEDY)[0]
+    pieces = [delta.text for _, delta in shared.stream([4, 4, 2], GREEDY)]
+    assert "".join(pieces) == whole.text
+    assert len(pieces) > 1
+
+
+def test_leaving_a_stream_aborts_its_request(shared: Engine) -> None:
+    for _ in shared.stream([4, 4, 2], GREEDY):
+        break
+    while shared.core.has_work:
+        shared.step()
+    assert shared.core.scheduler.pool.num_free == shared.core.limits.num_blocks
+
+
+def test_one_bad_prompt_in_a_list_leaves_nothing_running(shared: Engine) -> None:
+    with pytest.raises(RequestError, match="301"):
+        shared.generate([[3, 4], [301]], GREEDY)
+    while shared.core.has_work:
+        shared.step()
+    assert shared.core.scheduler.pool.num_free == shared.core.limits.num_blocks
+    assert shared.generate([[3, 4]], GREEDY)[0].finish_reason == "length"
+
+
+def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers(shared: Engine) -> None:
+    with pytest.raises(RequestError, match=r"(?s)200.*128|128.*200"):
+        shared.generate([5] * 200, GREEDY)
+
+
+def test_repetition_penalty_equals_that_of_transformers(shared: Engine, tiny: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    theirs = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
+    theirs.generation_config.eos_token_id = None
+    prompt = [7, 7, 9, 20]
+    made = theirs.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False, repetition_penalty=1.4)
+    sampling = SamplingParams(temperature=0, max_tokens=20, ignore_end=True, repetition_penalty=1.4)
+    assert shared.generate(prompt, sampling)[0].token_ids == made[0, 4:].tolist()
+
+
+def test_logprobs_are_those_of_the_model(shared: Engine, tiny: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    theirs = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
+    sampling = SamplingParams(temperature=0.7, seed=2, max_tokens=6, ignore_end=True, logprobs=3, presence_penalty=1.0)
+    answer = shared.generate([30, 31], sampling)[0]
+    with torch.no_grad():
+        values = theirs(torch.tensor([[30, 31, *answer.token_ids]])).logits[0, 1:-1].log_softmax(-1)
+    for row, found in zip(values, answer.logprobs, strict=True):
+        assert found.logprob == pytest.approx(float(row[found.token_id]), abs=1e-4)
+        assert found.rank == int((row >= row[found.token_id]).sum())
+        assert [token_id for token_id, _ in found.top] == row.topk(3).indices.tolist()
+
+
+def test_preemption_does_not_change_the_answers(tiny: Path) -> None:
+    asked = prompts(6, seed=8)
+    drawing = SamplingParams(
+        temperature=1.0, seed=4, max_tokens=30, ignore_end=True, repetition_penalty=1.2, frequency_penalty=0.3
+    )
+    counter = Counter()
+    with engine(tiny, num_blocks=9, steps_ahead=1) as small, engine(tiny) as roomy:
+        small.core.observe(counter)
+        expected = [roomy.generate(prompt, drawing)[0].token_ids for prompt in asked]
+        assert [answer.token_ids for answer in small.generate(asked, drawing)] == expected
+    assert counter.num_preempted > 0
+    assert counter.num_finished == 6
+
+
+def test_prefix_hits_do_not_change_the_answers(shared: Engine) -> None:
+    prompt = prompts(1, seed=3)[0] * 3
+    first = shared.generate(prompt[:60], GREEDY)[0]
+    again = shared.generate(prompt[:60], GREEDY)[0]
+    assert again.num_cached_tokens >= 32
+    assert again.token_ids == first.token_ids
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_draw_the_same_tokens_as_one(tiny: Path, shared: Engine, size: int) -> None:
+    """Four ranks are more than the KV heads: neighbours then hold copies."""
+    asked = prompts(5, seed=2)
+    drawing = SamplingParams(temperature=0.8, seed=6, max_tokens=12, ignore_end=True)
+    expected = [shared.generate(asked, sampling) for sampling in (GREEDY, drawing)]
+    with engine(tiny, tensor_parallel=size, device="cpu", chunk=7) as parallel:
+        for sampling, wanted in zip((GREEDY, drawing), expected, strict=True):
+            got = parallel.generate(asked, sampling)
+            assert [answer.token_ids for answer in got] == [answer.token_ids for answer in wanted]
+
+
+def test_ranks_that_do_not_divide_the_model_are_refused(tiny: Path) -> None:
+    with pytest.raises(ConfigError, match="3"):
+        engine(tiny, tensor_parallel=3, device="cpu")
+
+
+def test_a_context_beyond_the_model_is_refused(tiny: Path) -> None:
+    with pytest.raises(ConfigError, match=r"4096.*128"):
+        engine(tiny, max_length=4096)
+
+
+class Counter:
+    """A StepObserver that adds up."""
+
+    def __init__(self) -> None:
+        self.num_preempted = 0
+        self.num_finished = 0
+
+    def on_step(self, stats: StepStats) -> None:
+        self.num_preempted += stats.num_preempted
+
+    def on_finish(self, output: Output) -> None:
+        assert output.finish == "length"
+        self.num_finished += 1
