@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,10 +23,13 @@ class Fields:
             raise self._wrong(name, value, f"a whole number of at least {least}")
         return value
 
-    def number(self, name: str, default: float | None = None) -> float:
+    def number(self, name: str, default: float | None = None, *, above: float | None = None) -> float:
+        """A finite number, greater than `above` where that is given."""
         value = self._value(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise self._wrong(name, value, "a number")
+        if above is not None and value <= above:
+            raise self._wrong(name, value, f"greater than {above:g}")
         return float(value)
 
     def flag(self, name: str, default: bool | None = None) -> bool:

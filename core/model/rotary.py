@@ -130,11 +130,18 @@ def read_rotary(raw: Mapping[str, Any], head_size: int, num_positions: int) -> R
     # Dynamic scaling starts where max_position_embeddings ends, whatever else the file says.
     scaled = kind in ("yarn", "llama3")
     original = fields.integer("original_max_position_embeddings", num_positions) if scaled else num_positions
-    factor = 1.0 if kind == "default" else fields.number("factor", num_positions / original)
+    factor = 1.0 if kind == "default" else fields.number("factor", num_positions / original, above=0)
     stretched = num_positions if kind in ("default", "llama3") else int(original * factor)
+    share = fields.number("partial_rotary_factor", fields.number("rotary_pct", 1.0), above=0)
+    size = int(head_size * share)
+    if size < 2 or size % 2 or size > head_size:
+        raise CheckpointError(
+            f"config.json rotates {size} of a head's {head_size} features ({share:g} of them), which must be an even "
+            "number of at least 2: correct the file"
+        )
     return Rotary(
-        size=int(head_size * fields.number("partial_rotary_factor", fields.number("rotary_pct", 1.0))),
-        theta=fields.number("rope_theta", fields.number("rotary_emb_base", 10000.0)),
+        size=size,
+        theta=fields.number("rope_theta", fields.number("rotary_emb_base", 10000.0), above=0),
         num_positions=max(num_positions, stretched),
         kind=_KINDS[kind],
         factor=factor,

@@ -121,6 +121,22 @@ def test_an_unknown_kind_is_refused() -> None:
         read_rotary(raw_config({"rope_type": "longrope"}), HEAD_SIZE, LONGEST)
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"rope_theta": 0}, "rope_theta = 0, which must be greater than 0"),
+        ({"rope_type": "linear", "factor": -2.0}, r"factor = -2\.0"),
+        ({"rope_type": "linear", "factor": float("nan")}, "factor = nan"),
+        ({"partial_rotary_factor": 0.01}, "rotates 0 of a head's 80 features"),
+        ({"partial_rotary_factor": 0.1875}, "rotates 15 of"),
+        ({"partial_rotary_factor": 2}, "rotates 160 of"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(CheckpointError, match=said):
+        read_rotary(raw_config(settings), HEAD_SIZE, LONGEST)
+
+
 @pytest.mark.parametrize("settings", [["linear"], {"rope_type": "linear", "factor": "2"}])
 def test_settings_of_the_wrong_type_are_refused(settings: Any) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json"):

@@ -7,6 +7,7 @@ The same functions serve as the language half of models that see: `plexor.api.Bu
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from plexor.api import (
@@ -28,11 +29,21 @@ from plexor_llama.stack import StackConfig, head_size, refuse
 
 POSITION_OFFSET = 2
 NORM_EPS = 1e-5
+LIBRARY_DEFAULTS: Mapping[str, int] = MappingProxyType(
+    {
+        "vocab_size": 50272,
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "ffn_dim": 3072,
+        "max_position_embeddings": 2048,
+    }
+)
 
 
 def config(raw: Mapping[str, Any]) -> StackConfig:
-    """OPTForCausalLM"""
-    fields = Fields(raw)
+    """OPTForCausalLM. Inside another model's file, fields that have the library's default value may be left out."""
+    fields = Fields({**LIBRARY_DEFAULTS, **raw})
     refuse(fields, "layer_norm_elementwise_affine", unless=True)
     hidden_size, num_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     num_positions = fields.integer("max_position_embeddings")

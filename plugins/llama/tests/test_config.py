@@ -86,6 +86,15 @@ def test_a_checkpoint_with_both_prefixes_is_refused(tmp_path: Path) -> None:
         load_model(tmp_path)
 
 
+def test_an_opt_inside_another_models_file_may_leave_out_defaults() -> None:
+    saved: dict[str, Any] = {"ffn_dim": 64, "hidden_size": 96, "num_attention_heads": 4, "num_hidden_layers": 2}
+    library = transformers.OPTConfig(**saved)
+    decoder = opt.config(saved).decoder
+    assert (decoder.vocab_size, decoder.max_positions) == (library.vocab_size, library.max_position_embeddings)
+    assert opt.config(saved) == opt.config(library.to_dict())
+    assert opt.config({}) == opt.config(transformers.OPTConfig().to_dict())
+
+
 def test_windows_are_read_from_either_style() -> None:
     raw = {**LLAMA, "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 3}
     assert [layer.window for layer in llama.qwen2(raw).decoder.attention] == [None, None, None, 16]
