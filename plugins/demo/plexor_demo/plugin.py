@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from plexor import hookimpl
 from plexor.api import Checkpoint
 
+PROMPT = 'def read_lines(path):\n    """'
+
 
 @hookimpl
 def checkpoints() -> Iterable[Checkpoint]:
@@ -15,11 +17,13 @@ def checkpoints() -> Iterable[Checkpoint]:
             folder="plexor_demo:checkpoints/demo",
             summary="a dense model of 7 million parameters that knows Python's standard library and a simple chat",
             default=True,
+            prompt=PROMPT,
         ),
         Checkpoint(
             name="demo-moe",
             folder="plexor_demo:checkpoints/demo-moe",
             summary="a mixture of eight experts, 7 million parameters, trained on the same text",
+            prompt=PROMPT,
         ),
         Checkpoint(
             name="demo-vision",

@@ -16,18 +16,23 @@ ROOT = Path(__file__).parents[1]
 CHECKPOINTS = ROOT / "plexor_demo" / "checkpoints"
 NAMES = ("demo", "demo-moe", "demo-vision")
 LIMIT = 16 * 2**20
-CONTEXT = 2048
+ROW = 512
 
 
-@pytest.fixture(scope="module")
-def pictures() -> ModuleType:
-    """The drawing module, loaded from its file whether or not the distribution is installed."""
-    spec = importlib.util.spec_from_file_location("demo_pictures", ROOT / "plexor_demo" / "pictures.py")
+def module_of(name: str) -> ModuleType:
+    """A module of plexor_demo, loaded from its file whether or not the distribution is installed."""
+    spec = importlib.util.spec_from_file_location(f"demo_{name}", ROOT / "plexor_demo" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def pictures() -> ModuleType:
+    """The drawing module."""
+    return module_of("pictures")
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +46,15 @@ def text_model() -> Callable[[str], tuple[Any, Any]]:
         return tokenizer, model.eval()
 
     return load
+
+
+def test_the_plugin_declares_every_checkpoint_once_and_one_default() -> None:
+    declared = tuple(module_of("plugin").checkpoints())
+    assert [checkpoint.name for checkpoint in declared] == list(NAMES)
+    assert [checkpoint.name for checkpoint in declared if checkpoint.default] == ["demo"]
+    for checkpoint in declared:
+        package, _, folder = checkpoint.folder.partition(":")
+        assert (ROOT / package / folder / "config.json").is_file()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -85,9 +99,9 @@ def test_held_out_text_is_predicted(name: str, bound: float, text_model: Callabl
     ids = torch.tensor(tokenizer(text, verbose=False).input_ids)
     losses = []
     with torch.no_grad():
-        for row in ids.unfold(0, CONTEXT + 1, CONTEXT)[::7]:
+        for row in ids.unfold(0, ROW + 1, ROW)[::18]:
             losses.append(F.cross_entropy(model(input_ids=row[None, :-1]).logits[0], row[1:]).item())
-    assert len(losses) >= 3
+    assert len(losses) == 6
     assert sum(losses) / len(losses) < bound
 
 

@@ -16,8 +16,14 @@ import torch
 import torch.nn.functional as F
 from common import Log, Schedule, hardware, name_tokenizer_class, optimizer, settled
 from torch import nn
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
-from transformers import PreTrainedTokenizerFast
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedTokenizerFast,
+)
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -210,9 +216,10 @@ def main() -> None:
     step_losses = torch.compile(objective) if arguments.compile else objective
     steps = optimizer(model, arguments.decay, device)
     size = sum(parameter.numel() for parameter in model.parameters())
-    log(f"{arguments.name}: {size} parameters, {len(train)} training tokens, {len(heldout)} held-out, {hardware(device)}")
-    log(f"rows {arguments.rows} of {CONTEXT}, rate {arguments.rate}, decay {arguments.decay}, dropout {arguments.dropout}")
+    log(f"{arguments.name}: {size} parameters, {len(train)} tokens, {len(heldout)} held-out, {hardware(device)}")
+    log(f"rows {arguments.rows}, rate {arguments.rate}, decay {arguments.decay}, dropout {arguments.dropout}")
 
+    loss = uneven = torch.zeros(())
     best, kept, step, last = math.inf, settled(model), 0, False
     while not last:
         last = schedule.progress >= 1.0

@@ -17,8 +17,14 @@ from common import Log, Schedule, hardware, name_tokenizer_class, optimizer, set
 from plexor_demo.pictures import COLOURS, PLACES, SHAPES, SIZE, TRAINING_SEEDS, draw
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
-from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2Processor, GenerationConfig, OPTConfig
-from transformers import PreTrainedTokenizerFast
+from transformers import (
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Blip2Processor,
+    GenerationConfig,
+    OPTConfig,
+    PreTrainedTokenizerFast,
+)
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 START, PAD, END, IMAGE = "<s>", "<pad>", "</s>", "<image>"
@@ -246,7 +252,8 @@ def main() -> None:
     pixels, rows = pixels.to(device), caption_rows(tokenizer, captions).to(device)
     fresh_pixels, fresh_rows = fresh_pixels.to(device), caption_rows(tokenizer, fresh_captions).to(device)
     prompts, lengths = (part.to(device) for part in prompt_rows(tokenizer, 20_000))
-    fresh_ids, fresh_labels = sequences(fresh_rows, torch.full_like(prompts[: len(fresh_rows)], PAD_ID), lengths[:1] * 0)
+    nothing = torch.full((len(fresh_rows), LONGEST_PROMPT), PAD_ID, device=device)
+    fresh_ids, fresh_labels = sequences(fresh_rows, nothing, torch.zeros_like(nothing[:, 0]))
 
     model = make_model(tokenizer.get_vocab_size()).to(device)
     objective = Objective(model).to(device)
@@ -254,8 +261,9 @@ def main() -> None:
     steps = optimizer(model, arguments.decay, device)
     size = sum(parameter.numel() for parameter in model.parameters())
     log(f"demo-vision: {size} parameters, {len(pixels)} pictures drawn in {schedule.elapsed:.0f} s, {hardware(device)}")
-    log(f"batch {arguments.batch}, rate {arguments.rate}, decay {arguments.decay}, vocabulary {tokenizer.get_vocab_size()}")
+    log(f"batch {arguments.batch}, rate {arguments.rate}, decay {arguments.decay}")
 
+    loss = torch.zeros(())
     step, last = 0, False
     while not last:
         last = schedule.progress >= 1.0
