@@ -75,6 +75,13 @@ def kernels() -> Iterable[Kernel]:
         ),
         _triton("grouped_linear"),
         _triton("sample"),
+        Kernel(
+            op="sample",
+            provider="torch",
+            load="plexor.kernels.cpu.sample:sample",
+            devices=_CPU,
+            dtypes=frozenset({"float32"}),
+        ),
     )
 
 

@@ -30,17 +30,21 @@ def paged_attention(
     out[starts[-1] :] = 0
     decodes = []
     for sequence, length in enumerate(lengths):
-        rows = slice(starts[sequence], starts[sequence + 1])
-        if rows.stop - rows.start == 1:
+        start, end = starts[sequence], starts[sequence + 1]
+        if end - start == 1:
             decodes.append(sequence)
-        elif rows.stop > rows.start:
+        elif end > start:
             keys, values = sequence_entries(cache, block_table[sequence], length, q.dtype)
-            out[rows] = attend_piece(q[rows], keys, values, scale, window)
+            out[start:end] = attend_piece(q[start:end], keys, values, scale, window)
     for chunk in chunks(decodes, lengths, cache["keys"][0, 0].numel(), window):
+        longest = lengths[chunk[0]]
+        if len(chunk) == len(lengths):
+            num_rows = starts[-1]
+            out[:num_rows] = attend_decodes(q[:num_rows], cache, block_table, kv_length, longest, scale, window)
+            break
         picked = torch.tensor(chunk)
-        length = kv_length[picked].long().unsqueeze(1)
-        first = query_start[picked]
-        out[first] = attend_decodes(q[first], cache, block_table[picked], length, scale, window)
+        rows = query_start[picked]
+        out[rows] = attend_decodes(q[rows], cache, block_table[picked], kv_length[picked], longest, scale, window)
     return out
 
 
@@ -93,9 +97,15 @@ def chunks(decodes: list[int], lengths: list[int], entry_size: int, window: int 
 
 
 def attend_decodes(
-    q: Tensor, cache: LayerCache, block_table: Tensor, length: Tensor, scale: float, window: int | None
+    q: Tensor,
+    cache: LayerCache,
+    block_table: Tensor,
+    kv_length: Tensor,
+    longest: int,
+    scale: float,
+    window: int | None,
 ) -> Tensor:
-    """Attend q [S, N, D], one row of each sequence with length [S, 1] int64 -> [S, N, D].
+    """Attend q [S, N, D], one row of each sequence with kv_length [S], none above `longest` -> [S, N, D].
 
     The query heads of a KV head stand as rows beside each other, since all of them see the same positions:
 
@@ -105,7 +115,8 @@ def attend_decodes(
     num_sequences, num_heads, head_size = q.shape
     keys, values = cache["keys"], cache["values"]
     block_size, num_kv_heads = keys.shape[1:3]
-    position = torch.arange(int(length.max()))
+    length = kv_length.long().unsqueeze(1)
+    position = torch.arange(longest)
     if window is not None:
         position = position[:window] + (length - window).clamp(min=0)
     visible = position < length

@@ -14,11 +14,11 @@ def kv_write(k: Tensor, v: Tensor, slots: Tensor, cache: LayerCache) -> None:
     A slot is block * block_size + offset; -1 marks padding, which is not written. Values beyond the range of the
     cache's dtype are stored as its largest finite ones; NaN stays NaN.
     """
-    written = slots >= 0
-    if not bool(written.all()):
+    if slots.numel() and int(slots.min()) < 0:
+        written = slots >= 0
         k, v, slots = k[written], v[written], slots[written]
     for entry, new in ((cache["keys"], k), (cache["values"], v)):
-        entry.view(-1, *entry.shape[2:])[slots] = saturated(new, entry.dtype)
+        entry.view(-1, *entry.shape[2:]).index_put_((slots,), saturated(new, entry.dtype))
 
 
 def saturated(x: Tensor, dtype: torch.dtype) -> Tensor:

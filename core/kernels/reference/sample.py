@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -23,43 +25,63 @@ def sample(
     cumulated mass of the kept tokens, in vocabulary order, exceeds u times the whole kept mass. A logit of -inf has
     no mass; each row needs one finite logit. Masses are summed in float64.
     """
+    return choose(logits, temperature, top_k, top_p, min_p, seeds, steps, least_of_top_p)
+
+
+def choose(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seeds: Tensor,
+    steps: Tensor,
+    find_least_of_top_p: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> Tensor:
+    """`sample` with a way to find what `least_of_top_p` finds; what no row asks for costs nothing."""
     drawn = (temperature > 0).nonzero().squeeze(1)
     ids = logits.argmax(dim=-1)
     if drawn.numel() == 0:
         return ids
-    rows = logits[drawn]
-    scaled = rows / temperature[drawn].unsqueeze(1)
-    weight = (scaled - scaled.amax(dim=-1, keepdim=True)).exp().double()
-    kept = weight.masked_fill(below_top_k(rows, top_k[drawn]), 0.0)
-    kept = kept.masked_fill(beyond_top_p(rows, kept, top_p[drawn]), 0.0)
-    kept = kept.masked_fill(weight < min_p[drawn].unsqueeze(1), 0.0)
+    rows, top_k, top_p, min_p = logits[drawn], top_k[drawn], top_p[drawn], min_p[drawn]
+    weight = masses(rows, temperature[drawn])
+    kept = weight
+    if bool((top_k > 0).any()):
+        kept = kept.masked_fill(rows < least_of_top_k(rows, top_k), 0.0)
+    if bool((top_p < 1).any()):
+        kept = kept.masked_fill(rows < find_least_of_top_p(rows, kept, top_p), 0.0)
+    if bool((min_p > 0).any()):
+        kept = kept.masked_fill(weight < min_p.unsqueeze(1), 0.0)
     ids[drawn] = inverse_cdf(kept, uniform(seeds[drawn], steps[drawn]))
     return ids
 
 
-def below_top_k(logits: Tensor, top_k: Tensor) -> Tensor:
-    """True [R, V] where a logit is below its row's k-th largest."""
+def masses(logits: Tensor, temperature: Tensor) -> Tensor:
+    """The probabilities [R, V] float64, relative to that of each row's most probable token."""
+    scaled = logits / temperature.unsqueeze(1)
+    return (scaled - scaled.amax(dim=-1, keepdim=True)).exp().double()
+
+
+def least_of_top_k(logits: Tensor, top_k: Tensor) -> Tensor:
+    """The k-th largest logit of each row [R, 1]; -inf where top_k is 0."""
     most = min(int(top_k.max()), logits.shape[1])
-    if most <= 0:
-        return torch.zeros_like(logits, dtype=torch.bool)
-    largest = logits.topk(most, dim=-1).values
     rank = top_k.long().clamp(1, most) - 1
-    threshold = largest.gather(1, rank.unsqueeze(1))
-    return (logits < threshold) & (top_k > 0).unsqueeze(1)
+    threshold = logits.topk(most, dim=-1).values.gather(1, rank.unsqueeze(1))
+    return threshold.masked_fill((top_k == 0).unsqueeze(1), float("-inf"))
 
 
-def beyond_top_p(logits: Tensor, weight: Tensor, top_p: Tensor) -> Tensor:
-    """True [R, V] where the strictly more probable tokens already hold top_p of the weight [R, V] float64."""
-    if not bool((top_p < 1).any()):
-        return torch.zeros_like(logits, dtype=torch.bool)
-    order = logits.argsort(dim=-1, descending=True)
-    ordered = logits.gather(1, order)
-    mass = weight.gather(1, order).cumsum(dim=-1)
-    # The logits that are strictly larger are as many as the place of the first of those that are equal.
-    num_larger = torch.searchsorted(-ordered, -logits)
-    above = torch.where(num_larger > 0, mass.gather(1, (num_larger - 1).clamp(min=0)), 0.0)
-    full = (top_p >= 1).unsqueeze(1)
-    return (above >= top_p.double().unsqueeze(1) * mass[:, -1:]) & (num_larger > 0) & ~full
+def least_of_top_p(logits: Tensor, weight: Tensor, top_p: Tensor) -> Tensor:
+    """The smallest logit that top_p keeps in each row [R, 1]; -inf where it is 1.
+
+    weight [R, V] float64: the survivors' masses. A token stays if those before it in descending order hold less than
+    the share; where it is the first of several equal ones, these are the strictly more probable.
+    """
+    ordered, order = logits.sort(dim=-1, descending=True)
+    mass = weight.gather(1, order)
+    before = mass.cumsum(dim=-1) - mass
+    num_kept = (before < top_p.unsqueeze(1) * weight.sum(dim=-1, keepdim=True)).sum(dim=-1, keepdim=True)
+    threshold = ordered.gather(1, num_kept.clamp(min=1) - 1)
+    return threshold.masked_fill((top_p >= 1).unsqueeze(1), float("-inf"))
 
 
 def inverse_cdf(weight: Tensor, uniforms: Tensor) -> Tensor:
