@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from pathlib import Path
 import msgspec
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from plexor.checkpoint.folder import ModelFolder, open_folder
 from plexor.checkpoint.loader import LoadReport, Progress
@@ -22,7 +24,7 @@ from plexor.errors import ConfigError, PlexorError
 from plexor.extension.catalog import Catalog
 from plexor.parallel.mesh import Mesh
 from plexor.runtime.kv_cache import CPU_CACHE_BYTES, allocate, block_bytes, fit_blocks
-from plexor.runtime.loading import BuiltModel, Placement, choose_device, choose_dtype, load_model
+from plexor.runtime.loading import BuiltModel, Placement, build_model, choose_device, choose_dtype, load_model
 from plexor.runtime.packer import StepInput
 from plexor.runtime.runner import Pending, Runner
 
@@ -118,6 +120,7 @@ class Ranks:
         self.size = config.tensor_parallel
         try:
             if self.size > 1:
+                _try_out(config, catalog, folder)
                 self._start_others(config, catalog, folder)
             self.rank = make_rank(config, catalog, folder, Mesh(0, self.size), progress)
         except BaseException:
@@ -185,8 +188,25 @@ def _join(store: str, rank: int, size: int, device_type: str) -> None:
     )
 
 
+def _try_out(config: EngineConfig, catalog: Catalog, folder: ModelFolder) -> None:
+    """Build this rank's model without memory: what cannot be shared out is refused before any process starts."""
+    mesh = Mesh(0, config.tensor_parallel)
+    device, dtype = choose_device(config.device), choose_dtype(config.dtype, folder.config)
+    with FakeTensorMode():
+        placement = Placement(device, dtype, config.precision, config.kv, mesh)
+        context_length(config, build_model(folder, catalog, catalog.kernel_table(config.kernels), placement))
+
+
 def _serve_rank(pipe: Connection, rank: int, size: int, job: bytes) -> None:
-    """The life of a process of rank 1 and up: load, then run every step that arrives."""
+    """The life of a process of rank 1 and up. What goes wrong here is said in one line, as rank 0 says it."""
+    try:
+        _load_and_run(pipe, rank, size, job)
+    except PlexorError as error:
+        print(f"plexor: rank {rank}: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _load_and_run(pipe: Connection, rank: int, size: int, job: bytes) -> None:
     config, path, store, identity = msgspec.json.decode(
         job, type=tuple[EngineConfig, str, str, tuple[tuple[str, str], ...]]
     )

@@ -18,6 +18,10 @@ from plexor.runtime.packer import NewSequence
 from plexor.runtime.request import SamplingParams
 
 
+COLDEST = 1e-5
+"""Below this temperature logits would overflow when divided by it; the draw is then the likeliest token, its limit."""
+
+
 @dataclass(frozen=True, slots=True)
 class LogprobRows:
     """Log probabilities of the rows that asked for them.
@@ -64,7 +68,7 @@ class Sampler:
         """Take over a slot for a sequence that starts, or starts again after preemption."""
         slot, params = new.slot, new.sampling
         self._params[slot] = params
-        self._temperature[slot] = params.temperature
+        self._temperature[slot] = params.temperature if params.temperature >= COLDEST else 0.0
         self._top_k[slot] = max(params.top_k, 0)
         self._top_p[slot] = params.top_p
         self._min_p[slot] = params.min_p
