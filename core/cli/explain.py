@@ -15,8 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, catalog: Catalog) -> int:
     from plexor.cli.tables import print_choices
-    from plexor.runtime.engine import find_folder
     from plexor.runtime.ledger import make_plan
+    from plexor.runtime.prompts import find_folder
 
     arguments.model = arguments.path or arguments.model
     config = engine_config(arguments)

@@ -12,13 +12,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from plexor.checkpoint.folder import ModelFolder, open_folder
+from plexor.checkpoint.folder import ModelFolder
 from plexor.checkpoint.loader import Progress
 from plexor.config import EngineConfig
 from plexor.errors import RequestError
 from plexor.extension.catalog import Catalog
 from plexor.runtime.core import EngineCore
-from plexor.runtime.prompts import Answer, Delta, Prompt, PromptDesk
+from plexor.runtime.prompts import Answer, Delta, Prompt, PromptDesk, find_folder
 from plexor.runtime.request import FinishReason, Output, Request, SamplingParams, TokenLogprobs
 
 if TYPE_CHECKING:
@@ -173,13 +173,6 @@ class Engine:
         del self._running[output.id]
         if delta.ends_early:
             self.core.finish(output.id, "stop", str(delta.stop_reason))
-
-
-def find_folder(config: EngineConfig, catalog: Catalog) -> ModelFolder:
-    """The checkpoint that a config means."""
-    if config.model is None:
-        return open_folder(catalog.checkpoint_folder(catalog.default_checkpoint()))
-    return open_folder(catalog.resolve_model(config.model))
 
 
 def _listed(prompts: PromptLike | Sequence[PromptLike]) -> Sequence[PromptLike]:

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from plexor.checkpoint.folder import ModelFolder
+from plexor.checkpoint.folder import ModelFolder, open_folder
 from plexor.checkpoint.tokenizer import Tokenizer, load_tokenizer
+from plexor.config import EngineConfig
 from plexor.errors import RequestError
 from plexor.extension.catalog import Catalog
 from plexor.kernels.table import resolve
@@ -63,10 +64,13 @@ class PromptDesk:
         self._processors: dict[str, MediaProcessor] = {}
         self._numbers = itertools.count()
 
-    def text(self, prompt: str, images: Sequence[Image] = ()) -> Prompt:
-        """A plain prompt, special tokens added as the tokenizer says; RequestError if it cannot be encoded."""
+    def text(self, prompt: str, images: Sequence[Image] = (), *, add_special_tokens: bool = True) -> Prompt:
+        """A plain prompt, special tokens added as the tokenizer says; RequestError if it cannot be encoded.
+
+        add_special_tokens: False leaves the tokenizer's frame out; pictures need it.
+        """
         if not images:
-            return Prompt(tuple(self.tokenizer.encode(prompt)))
+            return Prompt(tuple(self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)))
         token_ids, media = self._processor("image").prepare(images, prompt, self.tokenizer.backend)
         return Prompt(tuple(token_ids), media)
 
@@ -166,6 +170,13 @@ class Answer:
         if stop is None and output.finish is not None:
             shown += self._scanner.flush()
         return shown, stop
+
+
+def find_folder(config: EngineConfig, catalog: Catalog) -> ModelFolder:
+    """The checkpoint that a config means."""
+    if config.model is None:
+        return open_folder(catalog.checkpoint_folder(catalog.default_checkpoint()))
+    return open_folder(catalog.resolve_model(config.model))
 
 
 def _signed(seed: int) -> int:

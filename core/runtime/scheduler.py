@@ -81,6 +81,7 @@ class Plan:
 
     admitted: sequences that start, or start again after preemption, and are new to the runner.
     preempted: ids of the requests that lost their blocks. prefix_queries, prefix_hits: tokens looked up and found.
+    started: ids of the requests that start for the first time.
     """
 
     step: int
@@ -89,6 +90,7 @@ class Plan:
     preempted: tuple[str, ...] = ()
     prefix_queries: int = 0
     prefix_hits: int = 0
+    started: tuple[str, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -105,6 +107,7 @@ class _Draft:
     admitted: list[Sequence]
     preempted: list[str]
     computing: set[bytes]  # hashes of the prompt blocks that this step fills
+    started: list[str]
     prefix_queries: int = 0
     prefix_hits: int = 0
 
@@ -170,7 +173,7 @@ class Scheduler:
         At most one scheduled step may be uncommitted when this is called.
         """
         assert len(self._launched) <= 1, "commit the step before the last one first"
-        draft = _Draft(self.config.max_step_tokens, [], [], [], set())
+        draft = _Draft(self.config.max_step_tokens, [], [], [], set(), [])
         self._take_decodes(draft)
         self._take_prompts(draft)
         if not draft.preempted:
@@ -209,6 +212,7 @@ class Scheduler:
             total_blocks=self.pool.num_blocks,
             prefix_queries=plan.prefix_queries,
             prefix_hits=plan.prefix_hits,
+            started=plan.started,
         )
 
     def check(self) -> None:
@@ -318,6 +322,7 @@ class Scheduler:
         sequence.computed = len(shared) * self.config.block_size
         if sequence.num_cached is None:
             sequence.num_cached = sequence.computed
+            draft.started.append(sequence.request.id)
         sequence.slot = self._free_slots.pop()
         sequence.state = State.RUNNING
         insort(self._running, sequence, key=_order)
@@ -347,6 +352,7 @@ class Scheduler:
             tuple(draft.preempted),
             draft.prefix_queries,
             draft.prefix_hits,
+            tuple(draft.started),
         )
         self._num_steps += 1
         self._launched.append(plan)

@@ -15,7 +15,8 @@ class StepStats:
     num_tokens: computed in the step, prompts and answers together. num_sampled: tokens drawn. num_running,
     num_waiting: requests. num_preempted: requests that lost their blocks to older ones in this step. free_blocks:
     blocks that no running request holds, cached prefixes included. prefix_queries, prefix_hits: tokens of the requests
-    admitted in this step, and how many of them the prefix cache held.
+    admitted in this step, and how many of them the prefix cache held. started: ids of the requests that this step is
+    the first for.
     """
 
     num_tokens: int
@@ -27,6 +28,7 @@ class StepStats:
     total_blocks: int
     prefix_queries: int
     prefix_hits: int
+    started: tuple[str, ...] = ()
 
 
 class StepObserver(Protocol):
