@@ -30,7 +30,9 @@ def main() -> None:
     config = EngineConfig(model=arguments.model, device="cpu", dtype=arguments.dtype, prefix_caching=False)
     with Engine(config=config) as engine:
         theirs = _load_theirs(engine.folder.path, getattr(torch, arguments.dtype))
-        print(f"{engine.folder.path.name}, {arguments.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+        print(
+            f"{engine.folder.path.name}, {arguments.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+        )
         print("| requests | Plexor tok/s | transformers tok/s | ratio | same tokens |")
         print("|---|---|---|---|---|")
         for count in arguments.requests:

@@ -271,7 +271,7 @@ def sampling_sample(make: Maker, name: str, logits: Tensor, rows: Sequence[tuple
         make.integers(seeds, torch.int64),
         make.integers([3 + row * 2**33 for row in range(len(rows))], torch.int64),
     )
-    return Sample(name, args, shape=(("vocabulary", logits.shape[1]),))
+    return Sample(name, args, shape=(("vocab_size", logits.shape[1]),))
 
 
 def storages(dtype: torch.dtype) -> tuple[torch.dtype, ...]:

@@ -53,7 +53,9 @@ class KernelTable:
         self._kernels: dict[str, list[Kernel]] = {name: [] for name in self._ops}
         for kernel in kernels:
             if kernel.op not in self._ops:
-                raise PluginError(f"kernel {kernel.provider!r} provides the unknown op {kernel.op!r}: declare the op first")
+                raise PluginError(
+                    f"kernel {kernel.provider!r} provides the unknown op {kernel.op!r}: declare the op first"
+                )
             self._kernels[kernel.op].append(kernel)
         self._overrides = dict(overrides or {})
         for name, provider in self._overrides.items():

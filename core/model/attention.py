@@ -71,7 +71,7 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(build, size, config.qk_norm_eps)
             self.k_norm = RMSNorm(build, size, config.qk_norm_eps)
         kv_dtype = build.kv_storage(self.kv_shape(0, 1))[0].dtype
-        sizes = {"heads": self.num_heads, "kv_heads": self.num_kv_heads, "head_size": size}
+        sizes = {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads, "head_size": size}
         formats = build.kv_format
         self._write = build.bind(formats.write if tables is None else formats.rotary_write, kv_dtype, **sizes)
         self._attend = build.bind(formats.attend, kv_dtype, **sizes)

@@ -28,7 +28,7 @@ class DenseFormat:
         return stored["weight"].float()
 
     def bind(self, table: KernelTable, shape: LinearShape, dtype: torch.dtype, device: torch.device) -> Multiply:
-        sizes = {"out": shape.out_features, "in": shape.in_features}
+        sizes = {"out_features": shape.out_features, "in_features": shape.in_features}
         product = table.bind("linear", facts(device, dtype, None, **sizes))
 
         def multiply(x: Tensor, stored: Mapping[str, Tensor]) -> Tensor:
@@ -40,7 +40,7 @@ class DenseFormat:
     def bind_grouped(
         self, table: KernelTable, shape: LinearShape, dtype: torch.dtype, device: torch.device
     ) -> GroupedMultiply:
-        sizes = {"out": shape.out_features, "in": shape.in_features, "groups": shape.groups}
+        sizes = {"out_features": shape.out_features, "in_features": shape.in_features, "groups": shape.groups}
         product = table.bind("grouped_linear", facts(device, dtype, None, **sizes))
 
         def multiply(x: Tensor, stored: Mapping[str, Tensor], group_end: Tensor) -> Tensor:

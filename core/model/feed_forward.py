@@ -73,7 +73,7 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
 def gated_activation(build: Build, name: str, intermediate_size: int) -> Callable[[Tensor], Tensor]:
     """[M, 2 I] -> [M, I]: the activated first half times the second half."""
     if name in ("silu", "swish"):
-        return build.bind("silu_mul", intermediate=intermediate_size)
+        return build.bind("silu_mul", intermediate_size=intermediate_size)
     activate = activation(name)
 
     def multiply(gate_up: Tensor) -> Tensor:

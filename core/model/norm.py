@@ -15,7 +15,7 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size, dtype=build.dtype, device=build.device), requires_grad=False)
         self._eps = eps
-        self._norm = build.bind("rms_norm", hidden=size)
+        self._norm = build.bind("rms_norm", hidden_size=size)
 
     def forward(self, x: Tensor) -> Tensor:
         normed: Tensor = self._norm(x, self.weight, self._eps)

@@ -53,7 +53,7 @@ class Sampler:
         device = build.device
         self._device = device
         self._vocab_size = vocab_size
-        self._sample = build.bind("sample", vocabulary=vocab_size)
+        self._sample = build.bind("sample", vocab_size=vocab_size)
         self._temperature = torch.ones(num_slots, device=device)
         self._top_k = torch.zeros(num_slots, dtype=torch.int32, device=device)
         self._top_p = torch.ones(num_slots, device=device)

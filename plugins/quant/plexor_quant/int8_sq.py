@@ -37,7 +37,7 @@ class Int8Format:
         return stored["weight"].float() * stored["scale"].unsqueeze(-1)
 
     def bind(self, table: KernelTable, shape: LinearShape, dtype: torch.dtype, device: torch.device) -> Multiply:
-        sizes = {"out": shape.out_features, "in": shape.in_features}
+        sizes = {"out_features": shape.out_features, "in_features": shape.in_features}
         product = table.bind("int8_linear", facts(device, dtype, None, **sizes))
 
         def multiply(x: Tensor, stored: Mapping[str, Tensor]) -> Tensor:
@@ -49,7 +49,7 @@ class Int8Format:
     def bind_grouped(
         self, table: KernelTable, shape: LinearShape, dtype: torch.dtype, device: torch.device
     ) -> GroupedMultiply:
-        sizes = {"out": shape.out_features, "in": shape.in_features, "groups": shape.groups}
+        sizes = {"out_features": shape.out_features, "in_features": shape.in_features, "groups": shape.groups}
         product = table.bind("int8_grouped_linear", facts(device, dtype, None, **sizes))
 
         def multiply(x: Tensor, stored: Mapping[str, Tensor], group_end: Tensor) -> Tensor:

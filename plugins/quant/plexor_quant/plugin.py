@@ -115,10 +115,10 @@ def _kernel(
 
 
 def _refuses_sizes(facts: Facts, multiple: int) -> str | None:
-    for axis in ("in", "out"):
+    for axis in ("in_features", "out_features"):
         size = facts.shape.get(axis, 0)
         if size % multiple:
-            return f"needs {axis} features in multiples of {multiple}, not {size}"
+            return f"needs {axis} in multiples of {multiple}, not {size}"
     return None
 
 

@@ -47,7 +47,7 @@ class W4AFp8Format:
         return widen(packed, stored["scale"], in_features, self.group_size)
 
     def bind(self, table: KernelTable, shape: LinearShape, dtype: torch.dtype, device: torch.device) -> Multiply:
-        sizes = {"out": shape.out_features, "in": shape.in_features, "group_size": self.group_size}
+        sizes = {"out_features": shape.out_features, "in_features": shape.in_features, "group_size": self.group_size}
         product = table.bind("w4a_fp8_linear", facts(device, dtype, None, **sizes))
 
         def multiply(x: Tensor, stored: Mapping[str, Tensor]) -> Tensor:
@@ -59,7 +59,7 @@ class W4AFp8Format:
     def bind_grouped(
         self, table: KernelTable, shape: LinearShape, dtype: torch.dtype, device: torch.device
     ) -> GroupedMultiply:
-        sizes = {"out": shape.out_features, "in": shape.in_features, "groups": shape.groups}
+        sizes = {"out_features": shape.out_features, "in_features": shape.in_features, "groups": shape.groups}
         sizes["group_size"] = self.group_size
         product = table.bind("w4a_fp8_grouped_linear", facts(device, dtype, None, **sizes))
 

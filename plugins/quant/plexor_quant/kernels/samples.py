@@ -58,7 +58,7 @@ def _dense(
     generator = torch.Generator().manual_seed(21)
     for num_tokens, in_features, out_features in SIZES:
         stored = number_format.convert(_weight(generator, out_features, in_features).to(device))
-        shape = (("out", out_features), ("in", in_features))
+        shape = (("out_features", out_features), ("in_features", in_features))
         for name, x in _activations(generator, num_tokens, in_features, device, dtype):
             name = f"{num_tokens} x {in_features} by {out_features}, {name}"
             yield Sample(name, (x, stored["weight"], stored["scale"], *sizes), shape=shape)
@@ -70,7 +70,7 @@ def _stacks(
     generator = torch.Generator().manual_seed(22)
     for rows, num_strays, in_features, out_features in STACKS:
         stored = number_format.convert(_weight(generator, len(rows), out_features, in_features).to(device))
-        shape = (("out", out_features), ("in", in_features), ("groups", len(rows)))
+        shape = (("out_features", out_features), ("in_features", in_features), ("groups", len(rows)))
         for name, x in _activations(generator, sum(rows) + num_strays, in_features, device, dtype):
             name = f"groups of {rows} and {num_strays} of none, {in_features} by {out_features}, {name}"
             args = (x, stored["weight"], stored["scale"], *sizes, _ends(rows).to(device))
