@@ -20,6 +20,7 @@ COMMANDS = {
     "generate": "continue a prompt",
     "chat": "talk with a model",
     "caption": "describe a picture",
+    "serve": "answer over HTTP, as the OpenAI API does",
     "eval": "measure perplexity on a text, in several precisions",
     "explain": "say how a model would be run and what memory it takes, without loading it",
     "kernels": "list the operations and which kernel wins here",
