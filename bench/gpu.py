@@ -140,17 +140,17 @@ def first_gap(ours: Completion, theirs: Completion) -> float | None:
     return None
 
 
-def write_random(shape: Path, folder: Path) -> str:
+def write_random(shape: Path, folder: Path, device: str = "cuda") -> str:
     """A random checkpoint of a published shape, weights normal with the config's initializer_range."""
     config = transformers.AutoConfig.for_model(**json.loads(shape.read_text()))
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    generator = torch.Generator("cuda").manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     shard: dict[str, torch.Tensor] = {}
     index: dict[str, str] = {}
     number = 0
     for name, parameter in model.named_parameters():
-        tensor = torch.randn(parameter.shape, generator=generator, device="cuda", dtype=torch.bfloat16)
+        tensor = torch.randn(parameter.shape, generator=generator, device=device, dtype=torch.bfloat16)
         tensor = 1 + 0.1 * tensor if parameter.dim() == 1 else tensor * 0.02
         shard[name] = tensor.cpu()
         index[name] = f"model-{number:05d}.safetensors"
@@ -163,7 +163,8 @@ def write_random(shape: Path, folder: Path) -> str:
     config.architectures = [type(model).__name__]
     config.dtype = torch.bfloat16
     config.save_pretrained(folder)
-    write_tokenizer(folder, config)
+    # Prompts are given in ids, so a small vocabulary of the tokenizer's own will do.
+    write_tokenizer(folder, transformers.LlamaConfig(vocab_size=600))
     return str(folder)
 
 
