@@ -65,13 +65,14 @@ class PromptDesk:
         self._numbers = itertools.count()
 
     def text(self, prompt: str, images: Sequence[Image] = (), *, add_special_tokens: bool = True) -> Prompt:
-        """A plain prompt, special tokens added as the tokenizer says; RequestError if it cannot be encoded.
+        """A plain prompt; RequestError if it cannot be encoded.
 
-        add_special_tokens: False leaves the tokenizer's frame out; pictures need it.
+        add_special_tokens: whether the tokenizer frames the text, as it does for a prompt that is not a rendered chat.
         """
+        prompt_ids = self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
         if not images:
-            return Prompt(tuple(self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)))
-        token_ids, media = self._processor("image").prepare(images, prompt, self.tokenizer.backend)
+            return Prompt(tuple(prompt_ids))
+        token_ids, media = self._processor("image").prepare(images, prompt_ids, self.tokenizer.backend)
         return Prompt(tuple(token_ids), media)
 
     def open_image(self, data: bytes) -> Image:
@@ -80,10 +81,7 @@ class PromptDesk:
 
     def chat(self, messages: Sequence[Mapping[str, Any]], images: Sequence[Image] = ()) -> Prompt:
         """A conversation through the checkpoint's chat template, with the answer's beginning opened."""
-        rendered = self.tokenizer.render_chat(messages)
-        if images:
-            return self.text(rendered, images)
-        return Prompt(tuple(self.tokenizer.encode(rendered, add_special_tokens=False)))
+        return self.text(self.tokenizer.render_chat(messages), images, add_special_tokens=False)
 
     def ids(self, token_ids: Sequence[int], vocab_size: int) -> Prompt:
         """A prompt given in ids; RequestError for one that the model does not have."""

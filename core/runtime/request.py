@@ -117,9 +117,9 @@ class MediaProcessor(Protocol):
         ...
 
     def prepare(
-        self, images: Sequence[Image], prompt: str, tokenizer: tokenizers.Tokenizer
+        self, images: Sequence[Image], prompt_ids: Sequence[int], tokenizer: tokenizers.Tokenizer
     ) -> tuple[list[int], tuple[Media, ...]]:
-        """The prompt's token ids, placeholders included, and the media in order of `start`.
+        """The prompt's token ids with placeholders put among them, and the media in order of `start`.
 
         Raises RequestError where prompt and images do not fit together.
         """

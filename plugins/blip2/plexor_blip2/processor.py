@@ -70,14 +70,13 @@ class Blip2Processor:
         return open_picture(data)
 
     def prepare(
-        self, images: Sequence[Image.Image], prompt: str, tokenizer: tokenizers.Tokenizer
+        self, images: Sequence[Image.Image], prompt_ids: Sequence[int], tokenizer: tokenizers.Tokenizer
     ) -> tuple[list[int], tuple[Media, ...]]:
-        """The placeholder tokens of at most one picture, then the prompt's tokens, begin token included.
+        """The placeholder tokens of at most one picture, then the prompt's tokens.
 
         Raises RequestError for more pictures than one, for a prompt that holds a placeholder itself, and for a picture
         that cannot be read.
         """
-        prompt_ids: list[int] = tokenizer.encode(prompt).ids
         token_id = self._image_token_id(tokenizer)
         if token_id in prompt_ids:
             raise RequestError(
@@ -86,7 +85,7 @@ class Blip2Processor:
                 field="prompt",
             )
         if not images:
-            return prompt_ids, ()
+            return list(prompt_ids), ()
         if len(images) > 1:
             raise RequestError(f"BLIP-2 reads one image for each prompt, not {len(images)}: send one", field="image")
         if token_id is None:
@@ -97,7 +96,7 @@ class Blip2Processor:
         num_queries = self.model.qformer.num_queries
         pixels = self._pixels(images[0])
         media = Media("image", 0, num_queries, _digest(pixels), pixels)
-        return [token_id] * num_queries + prompt_ids, (media,)
+        return [token_id] * num_queries + list(prompt_ids), (media,)
 
     def _pixels(self, image: Image.Image) -> npt.NDArray[np.float32]:
         decode(image)

@@ -43,6 +43,10 @@ def tokenizer() -> Tokenizer:
     return made
 
 
+def ids(prompt: str) -> list[int]:
+    return list(tokenizer().encode(prompt).ids)
+
+
 def processor(folder: Path, settings: dict[str, Any], config: dict[str, Any] = CONFIG) -> Blip2Processor:
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))
     return build(folder, config)
@@ -60,7 +64,7 @@ def picture(mode: str, width: int, height: int) -> Image.Image:
 
 
 def pixels(ours: Blip2Processor, image: Image.Image) -> torch.Tensor:
-    _, (media,) = ours.prepare([image], "a", tokenizer())
+    _, (media,) = ours.prepare([image], ids("a"), tokenizer())
     return torch.from_numpy(media.data)
 
 
@@ -119,35 +123,35 @@ def test_tokens_equal_those_of_transformers(tmp_path: Path, prompt: str) -> None
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer(), bos_token="<s>")
     theirs = TheirProcessor(BlipImageProcessorPil(**SETTINGS), wrapped, num_query_tokens=QUERIES)
     expected = theirs(images=image, text=prompt)["input_ids"][0]
-    tokens, (media,) = processor(tmp_path, SETTINGS).prepare([image], prompt, tokenizer())
+    tokens, (media,) = processor(tmp_path, SETTINGS).prepare([image], ids(prompt), tokenizer())
     assert tokens == list(expected)
     assert (media.kind, media.start, media.length) == ("image", 0, QUERIES)
     assert tokens[media.start : media.start + media.length] == [IMAGE_ID] * QUERIES
 
 
 def test_a_prompt_without_a_picture_is_only_text(tmp_path: Path) -> None:
-    assert processor(tmp_path, SETTINGS).prepare([], "a picture", tokenizer()) == ([0, 1, 2], ())
+    assert processor(tmp_path, SETTINGS).prepare([], ids("a picture"), tokenizer()) == ([0, 1, 2], ())
 
 
 def test_prompt_and_pictures_must_go_together(tmp_path: Path) -> None:
     ours, image = processor(tmp_path, SETTINGS), picture("RGB", 9, 9)
     with pytest.raises(RequestError, match="one image for each prompt, not 2"):
-        ours.prepare([image, image], "a", tokenizer())
+        ours.prepare([image, image], ids("a"), tokenizer())
     for images in ([], [image]):
         with pytest.raises(RequestError, match="leave it out of the text"):
-            ours.prepare(images, "<image> a", tokenizer())
+            ours.prepare(images, ids("<image> a"), tokenizer())
 
 
 def test_the_image_token_comes_from_the_tokenizer_where_the_config_lacks_it(tmp_path: Path) -> None:
     config = {name: value for name, value in CONFIG.items() if name != "image_token_index"}
     ours, image = processor(tmp_path, SETTINGS, config), picture("RGB", 9, 9)
-    assert ours.prepare([image], "a", tokenizer())[0] == [IMAGE_ID] * QUERIES + [0, 1]
+    assert ours.prepare([image], ids("a"), tokenizer())[0] == [IMAGE_ID] * QUERIES + [0, 1]
     plain = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
     with pytest.raises(CheckpointError, match="names the token that stands for pictures"):
-        ours.prepare([image], "a", plain)
+        ours.prepare([image], ids("a"), plain)
     small = {**config, "text_config": {"vocab_size": IMAGE_ID, "model_type": "opt"}}
     with pytest.raises(CheckpointError, match="the language half has 5 tokens"):
-        processor(tmp_path, SETTINGS, small).prepare([image], "a", tokenizer())
+        processor(tmp_path, SETTINGS, small).prepare([image], ids("a"), tokenizer())
 
 
 def test_digests_tell_pictures_apart_by_what_the_model_sees(tmp_path: Path) -> None:
@@ -156,7 +160,9 @@ def test_digests_tell_pictures_apart_by_what_the_model_sees(tmp_path: Path) -> N
     palettes = [Image.new("P", (4, 4), 0) for _ in range(2)]
     palettes[0].putpalette([200, 0, 0])
     palettes[1].putpalette([0, 0, 200])
-    digests = [ours.prepare([image], "a", tokenizer())[1][0].digest for image in (one, other, *palettes, one.copy())]
+    digests = [
+        ours.prepare([image], ids("a"), tokenizer())[1][0].digest for image in (one, other, *palettes, one.copy())
+    ]
     assert len(set(digests)) == 4
     assert digests[0] == digests[-1]
 
@@ -244,9 +250,11 @@ def test_pictures_that_cannot_become_rgb_are_refused(tmp_path: Path) -> None:
         (Image.new("RGB", (0, 4)), "0 by 4 pixels"),
     ):
         with pytest.raises(RequestError, match=words):
-            ours.prepare([image], "a", tokenizer())
+            ours.prepare([image], ids("a"), tokenizer())
     with pytest.raises(RequestError, match="mode 'L'"):
-        processor(tmp_path, {"do_convert_rgb": False, **SETTINGS}).prepare([Image.new("L", (4, 4))], "a", tokenizer())
+        processor(tmp_path, {"do_convert_rgb": False, **SETTINGS}).prepare(
+            [Image.new("L", (4, 4))], ids("a"), tokenizer()
+        )
 
 
 @pytest.mark.parametrize(
