@@ -24,7 +24,9 @@ def test_every_step_names_code() -> None:
 @pytest.mark.parametrize(("file", "name"), mentions(), ids=lambda value: str(value))
 def test_names_exist(file: str, name: str) -> None:
     tree = ast.parse((ROOT / file).read_text())
-    defined = {node.name for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+    defined = {
+        node.name for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+    }
     assert name in defined, f"{file} defines no {name}"
 
 

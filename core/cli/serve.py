@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
-    group.add_argument("--port", type=int, default=8000, help="port to listen on, 0 for a free one (default: 8000)")
+    group.add_argument("--port", type=_port, default=8000, help="port to listen on, 0 for a free one (default: 8000)")
     group.add_argument("--served-model-name", metavar="NAME", help="what requests call the model")
     group.add_argument(
         "--api-key", action="append", default=[], metavar="KEY", help="wanted as a bearer token; may be given again"
@@ -82,6 +82,13 @@ def _not_negative(text: str) -> int:
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{value} must be at least 0")
+    return value
+
+
+def _port(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 1 << 16:
+        raise argparse.ArgumentTypeError(f"{value} must lie between 0 and {(1 << 16) - 1}")
     return value
 
 

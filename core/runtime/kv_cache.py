@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -11,20 +13,23 @@ from plexor.batch import LayerCache
 from plexor.errors import CapacityError
 from plexor.model.build import Build
 from plexor.model.decoder import Model
+from plexor.model.format import Stored
 
-CPU_CACHE_BYTES = 1 << 30
-"""What the cache takes at most on a CPU, where memory is shared with everything else."""
+CPU_SHARE = 4
+"""On a CPU the cache of all ranks may grow to one part in this many of the machine's memory."""
 
 
 def allocate(model: Model, build: Build, num_blocks: int, block_size: int) -> tuple[LayerCache, ...]:
     """One mapping of tensors for each layer that attends. Zeroed: a masked row must not hold NaN."""
-    caches = []
-    for shape in model.kv_shapes(num_blocks, block_size):
-        layer: dict[str, Tensor] = {}
-        for stored in build.kv_storage(shape):
-            layer[stored.name] = torch.zeros(stored.shape, dtype=stored.dtype, device=build.device)
-        caches.append(layer)
-    return tuple(caches)
+    return tuple(
+        {stored.name: _zeros(stored, build.device) for stored in build.kv_storage(shape)}
+        for shape in model.kv_shapes(num_blocks, block_size)
+    )
+
+
+def cpu_cache_bytes(num_ranks: int) -> int:
+    """What the cache of one rank may take on a CPU, where memory is shared with everything else."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // CPU_SHARE // num_ranks
 
 
 def block_bytes(model: Model, build: Build, block_size: int) -> int:
@@ -45,3 +50,11 @@ def fit_blocks(free_bytes: int, bytes_of_block: int, most: int) -> int:
             "weights: raise --memory-fraction, use --kv or --precision with fewer bits, or more GPUs"
         )
     return min(fitting, most)
+
+
+def _zeros(stored: Stored, device: torch.device) -> Tensor:
+    """numpy's zeros take no memory on a CPU until they are written to; torch's do at once."""
+    if device.type != "cpu":
+        return torch.zeros(stored.shape, dtype=stored.dtype, device=device)
+    flat = numpy.zeros(math.prod(stored.shape) * stored.dtype.itemsize, dtype=numpy.uint8)
+    return torch.from_numpy(flat).view(stored.dtype).view(stored.shape)

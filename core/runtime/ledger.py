@@ -13,7 +13,7 @@ from plexor.config import EngineConfig
 from plexor.extension.catalog import Catalog
 from plexor.kernels.table import Choice
 from plexor.parallel.mesh import Mesh
-from plexor.runtime.kv_cache import CPU_CACHE_BYTES, block_bytes
+from plexor.runtime.kv_cache import block_bytes, cpu_cache_bytes
 from plexor.runtime.loading import BuiltModel, Placement, build_model, choose_device, choose_dtype
 from plexor.runtime.ranks import activation_bytes, context_length
 
@@ -55,7 +55,7 @@ def make_plan(config: EngineConfig, catalog: Catalog, folder: ModelFolder) -> Ru
     weights = weight_bytes(built)
     step = activation_bytes(built, config.max_step_tokens, config.max_sequences)
     left = usable - weights - step
-    budget = left if device.type == "cuda" else min(left, CPU_CACHE_BYTES // config.tensor_parallel)
+    budget = left if device.type == "cuda" else min(left, cpu_cache_bytes(config.tensor_parallel))
     most = config.max_sequences * -(-max_length // config.block_size)
     num_blocks = config.num_blocks or max(min(budget // each, most), 0)
     cached = num_blocks * config.block_size

@@ -23,7 +23,7 @@ from plexor.config import EngineConfig
 from plexor.errors import ConfigError, PlexorError
 from plexor.extension.catalog import Catalog
 from plexor.parallel.mesh import Mesh
-from plexor.runtime.kv_cache import CPU_CACHE_BYTES, allocate, block_bytes, fit_blocks
+from plexor.runtime.kv_cache import allocate, block_bytes, cpu_cache_bytes, fit_blocks
 from plexor.runtime.loading import BuiltModel, Placement, build_model, choose_device, choose_dtype, load_model
 from plexor.runtime.packer import StepInput
 from plexor.runtime.runner import Pending, Runner
@@ -88,7 +88,7 @@ def _free_bytes(config: EngineConfig, built: BuiltModel) -> int:
     """Memory for the cache: what is left beside the weights, less what a step needs."""
     device = built.build.device
     if device.type == "cpu":
-        return CPU_CACHE_BYTES // built.build.mesh.size
+        return cpu_cache_bytes(built.build.mesh.size)
     free, total = torch.cuda.mem_get_info(device)
     reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     keep_clear = int(total * (1 - config.memory_fraction))

@@ -237,7 +237,7 @@ class Guard:
 
 
 def make_app(serving: Serving, catalog: Catalog) -> FastAPI:
-    """The application over a started engine; PluginError if a plugin's routes cannot be added."""
+    """The application over an engine; PluginError if a plugin's routes cannot be added."""
     app = FastAPI(title="Plexor", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(Guard, api_keys=serving.settings.api_keys)
     app.add_exception_handler(ApiError, on_api_error)
@@ -270,7 +270,7 @@ def _add_reports(app: FastAPI, serving: Serving) -> None:
         serving.check_model(name)
         return json_response(serving.model_card())
 
-    @app.get("/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> Response:
         return Response(status_code=200 if serving.client.is_alive else 503)
 
@@ -278,7 +278,7 @@ def _add_reports(app: FastAPI, serving: Serving) -> None:
     async def version() -> Response:
         return json_response({"version": __version__})
 
-    @app.get("/metrics")
+    @app.api_route("/metrics", methods=["GET", "HEAD"])
     async def metrics() -> Response:
         return Response(serving.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 

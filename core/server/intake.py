@@ -7,12 +7,14 @@ import binascii
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from plexor.checkpoint.folder import ModelFolder
 from plexor.errors import ConfigError, RequestError
 from plexor.runtime.prompts import Prompt, PromptDesk
 from plexor.runtime.request import Request
+from plexor.server.client import EngineClient
 from plexor.server.errors import ApiError
 from plexor.server.protocol import DEFAULT_MAX_TOKENS, ChatRequest, CommonRequest, CompletionRequest
 from plexor.server.wire import Ready
@@ -33,18 +35,16 @@ class Work:
 
 
 class Intake:
-    """Makes the requests of one model. max_images: pictures in one body. max_answers: that one body may ask for."""
+    """Makes the requests of one model. max_images: pictures in one body. max_waiting: as in ServerSettings."""
 
     def __init__(
-        self, desk: PromptDesk, folder: ModelFolder, limits: Ready, *, max_images: int, max_answers: int
+        self, desk: PromptDesk, folder: ModelFolder, client: EngineClient, *, max_images: int, max_waiting: int
     ) -> None:
         self._desk = desk
         self._advice = folder.default_sampling
-        self._limits = limits
+        self._client = client
         self._max_images = max_images
-        self._max_answers = max_answers
-        longest = max((len(token) for token in desk.tokenizer.backend.get_vocab(with_added_tokens=True)), default=1)
-        self._max_characters = limits.room * longest
+        self._max_waiting = max_waiting
 
     def completion(self, work_id: str, body: CompletionRequest) -> Work:
         """ApiError with status 400 for what cannot be served."""
@@ -68,12 +68,23 @@ class Intake:
             raise as_api_error(error, body) from error
         return Work(work_id, int(time.time()), prompts, ("",), requests)
 
+    @property
+    def _limits(self) -> Ready:
+        return self._client.limits
+
+    @cached_property
+    def _max_characters(self) -> int:
+        """Of a prompt that could fit: as many of the longest tokens as the context holds."""
+        vocabulary = self._desk.tokenizer.backend.get_vocab(with_added_tokens=True)
+        return self._limits.room * max((len(token) for token in vocabulary), default=1)
+
     def _check_answers(self, num_prompts: int, body: CommonRequest) -> None:
         wanted = num_prompts * (1 if body.n is None else body.n)
-        if wanted > self._max_answers:
+        most = self._limits.max_sequences + self._max_waiting
+        if wanted > most:
             raise RequestError(
                 f"{num_prompts} prompts with n = {body.n or 1} ask for {wanted} answers, but the server takes at most "
-                f"{self._max_answers} at once: send fewer in one request",
+                f"{most} at once: send fewer in one request",
                 field="n",
             )
 

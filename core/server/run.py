@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import shlex
 import signal
 import socket
 import sys
@@ -11,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import uvicorn
+from fastapi import FastAPI
 
 from plexor.config import EngineConfig
 from plexor.errors import ConfigError, PlexorError
@@ -103,18 +106,14 @@ class _Run:
         desk = PromptDesk(folder, self._catalog)
         client = EngineClient(self._config, desk, metrics)
         try:
+            settings = self._settings
+            intake = Intake(desk, folder, client, max_images=settings.max_images, max_waiting=settings.max_waiting)
+            serving = Serving(client, intake, TokenTexts(desk.tokenizer), metrics, settings)
+            app = make_app(serving, self._catalog)
             if not await self._start(client):
                 return 0
             desk.tokenizer.check_vocabulary(client.limits.vocab_size)
-            intake = Intake(
-                desk,
-                folder,
-                client.limits,
-                max_images=self._settings.max_images,
-                max_answers=client.limits.max_sequences + self._settings.max_waiting,
-            )
-            serving = Serving(client, intake, TokenTexts(desk.tokenizer), metrics, self._settings)
-            return await self._serve(serving)
+            return await self._serve(app, serving)
         finally:
             await client.close()
 
@@ -130,9 +129,9 @@ class _Run:
         starting.cancel()
         return False
 
-    async def _serve(self, serving: Serving) -> int:
+    async def _serve(self, app: FastAPI, serving: Serving) -> int:
         config = uvicorn.Config(
-            make_app(serving, self._catalog),
+            app,
             lifespan="off",
             log_level="warning",
             access_log=False,
@@ -177,11 +176,11 @@ class _Run:
         host, port = self._listener.getsockname()[:2]
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         name = self._settings.model_name
-        body = f'{{"model": "{name}", "prompt": "Once upon a time"}}'
+        body = shlex.quote(json.dumps({"model": name, "prompt": "Once upon a time"}))
         key = " -H 'Authorization: Bearer KEY'" if self._settings.api_keys else ""
         print(
             f"ready on {url} (model {name}), try: curl {url}/v1/completions -H 'Content-Type: application/json'{key} "
-            f"-d '{body}'",
+            f"-d {body}",
             file=sys.stderr,
             flush=True,
         )
