@@ -6,9 +6,12 @@ import asyncio
 import base64
 import json
 import pickle
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
+from types import SimpleNamespace
 from typing import Any
 
+import fastapi
+import httpx
 import msgspec
 import numpy
 import pytest
@@ -17,7 +20,7 @@ from plexor.errors import RequestError
 from plexor.runtime.request import Media, Output, Request, SamplingParams, TokenLogprobs
 from plexor.runtime.stats import StepStats
 from plexor.server.errors import ApiError, error_object
-from plexor.server.http import Guard
+from plexor.server.http import Guard, ServerSettings, Serving, make_app
 from plexor.server.intake import read_data_url
 from plexor.server.metrics import Metrics
 from plexor.server.protocol import ChatRequest, CompletionRequest, parse
@@ -206,6 +209,58 @@ def test_the_guard_closes_websockets_too() -> None:
     scope = {"type": "websocket", "path": "/any", "headers": []}
     asyncio.run(Guard(app, api_keys=["k"])(scope, receive, send))
     assert sent == [{"type": "websocket.close", "code": 1008}]
+
+
+class Routes:
+    """A catalog in which one plugin brings routes, one of which is taken."""
+
+    def add_routes(self, app: fastapi.FastAPI, engine: object, plugins: Iterable[str]) -> None:
+        assert tuple(plugins) == ("stone",)
+
+        @app.get("/stone")
+        def stone() -> dict[str, bool]:
+            return {"alive": engine.is_alive}  # type: ignore[attr-defined]
+
+        @app.get("/version")
+        def version() -> dict[str, str]:
+            return {"version": "mine"}
+
+        @app.get("/broken")
+        def broken() -> None:
+            raise ValueError("a secret of the server")
+
+
+def ask(path: str, **headers: str) -> httpx.Response:
+    """The answer of an application over an engine that has died."""
+    client: Any = SimpleNamespace(is_alive=False)
+    settings = ServerSettings(model_name="m", api_keys=("k",), enable_routes=("stone",))
+    nothing: Any = None
+    catalog: Any = Routes()
+    app = make_app(Serving(client, nothing, nothing, Metrics("m"), settings), catalog)
+
+    async def get() -> httpx.Response:
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as asking:
+            return await asking.get(path, headers=headers)
+
+    return asyncio.run(get())
+
+
+def test_a_dead_engine_is_not_healthy() -> None:
+    assert ask("/health").status_code == 503
+
+
+def test_routes_of_plugins_are_guarded_and_shadow_nothing() -> None:
+    assert ask("/stone").status_code == 401
+    assert ask("/stone", authorization="Bearer k").json() == {"alive": False}
+    assert ask("/version", authorization="Bearer k").json()["version"] != "mine"
+
+
+def test_an_error_of_the_server_says_nothing_of_its_insides() -> None:
+    answer = ask("/broken", authorization="Bearer k")
+    assert answer.status_code == 500
+    assert answer.json()["error"]["type"] == "server_error"
+    assert "secret" not in answer.text
 
 
 def test_metrics_of_two_servers_do_not_meet() -> None:
