@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from plexor.batch import Batch, ForwardContext, LayerCache, MediaRows
+    from plexor.batch import Batch, ForwardContext, LayerCache, MediaRows, Pages
     from plexor.checkpoint.document import read_object
     from plexor.checkpoint.fields import Fields
     from plexor.checkpoint.mapping import Ignore, Rule, WeightRule, under
@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     from plexor.runtime.stats import StepObserver, StepStats
 
 _HOMES = {
-    "plexor.batch": ("Batch", "ForwardContext", "LayerCache", "MediaRows"),
+    "plexor.batch": ("Batch", "ForwardContext", "LayerCache", "MediaRows", "Pages"),
     "plexor.checkpoint.document": ("read_object",),
     "plexor.checkpoint.fields": ("Fields",),
     "plexor.checkpoint.mapping": ("Ignore", "Rule", "WeightRule", "under"),
@@ -161,6 +161,7 @@ __all__ = [
     "Observer",
     "Op",
     "Output",
+    "Pages",
     "Part",
     "PlexorError",
     "PluginError",

@@ -7,7 +7,8 @@ N media embeddings.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -32,15 +33,25 @@ class Batch:
     media: tuple[MediaRows, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class ForwardContext:
-    """What a forward needs besides the tokens; passed explicitly to every layer."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Pages:
+    """Where the sequences of one step lie in the paged cache: what attention needs besides queries and the cache.
+
+    memo: what a provider derives from the rest once, for all layers of the step; each uses keys of its own.
+    """
 
     query_start: Tensor  # [S + 1] int32: sequence s owns rows query_start[s] to query_start[s + 1]
     kv_length: Tensor  # [S] int32: entries of sequence s after this step's have been written
     block_table: Tensor  # [S, B] int32: blocks of each sequence in order
+    max_query: int  # longest piece in the batch
+    memo: dict[object, Any] = field(default_factory=dict, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardContext:
+    """What a forward needs besides the tokens; passed explicitly to every layer."""
+
+    pages: Pages
     slots: Tensor  # [T] int64: where each token's entry goes (block * block_size + offset), -1 for padding
     logit_rows: Tensor  # [R] int64: rows whose next token is wanted
-    max_query: int  # longest piece in the batch
-    max_kv: int  # longest kv_length
     kv: tuple[LayerCache, ...]  # one for each layer that attends

@@ -8,6 +8,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from plexor.batch import Pages
 from plexor.kernels.op import Sample
 from plexor.kernels.reference.kv_write import saturated
 
@@ -188,12 +189,14 @@ def attention_sample(
     args = (
         q,
         {part: saturated(entries, storage) for part, entries in cache.items()},
-        table.to(make.device),
-        make.integers([0, *accumulate(rows for rows, _ in pieces)], torch.int32),
-        make.integers([entries for _, entries in pieces], torch.int32),
+        Pages(
+            query_start=make.integers([0, *accumulate(rows for rows, _ in pieces)], torch.int32),
+            kv_length=make.integers([entries for _, entries in pieces], torch.int32),
+            block_table=table.to(make.device),
+            max_query=max([rows for rows, _ in pieces], default=1),
+        ),
         size**-0.5,
         window,
-        max([rows for rows, _ in pieces], default=1),
     )
     sizes = (("num_heads", num_heads), ("num_kv_heads", num_kv_heads), ("head_size", size))
     return Sample(name, args, shape=sizes, kv_dtype=name_of(storage))

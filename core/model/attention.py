@@ -91,15 +91,6 @@ class Attention(nn.Module):
         else:
             tables = self._tables[0]
             q = self._write(q, k, v, tables.cos, tables.sin, positions, ctx.slots, cache)
-        attended: Tensor = self._attend(
-            q,
-            cache,
-            ctx.block_table,
-            ctx.query_start,
-            ctx.kv_length,
-            self._config.scale,
-            self._config.window,
-            ctx.max_query,
-        )
+        attended: Tensor = self._attend(q, cache, ctx.pages, self._config.scale, self._config.window)
         y: Tensor = self.out(attended.flatten(1))
         return y

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from plexor.batch import Batch, ForwardContext, LayerCache, MediaRows
+from plexor.batch import Batch, ForwardContext, LayerCache, MediaRows, Pages
 from plexor.errors import RequestError
 from plexor.model.media import MediaModel
 from plexor.runtime.loading import BuiltModel
@@ -77,16 +78,13 @@ class Runner:
         widest = max(len(blocks) for blocks in step.block_table)
         table = [blocks + [0] * (widest - len(blocks)) for blocks in step.block_table]
         starts = step.query_start
-        return ForwardContext(
+        pages = Pages(
             query_start=self._integers(starts, torch.int32),
             kv_length=self._integers(step.kv_length, torch.int32),
             block_table=self._integers(table, torch.int32),
-            slots=self._integers(step.slots),
-            logit_rows=self._integers(step.logit_rows),
-            max_query=max(end - start for start, end in zip(starts, starts[1:], strict=False)),
-            max_kv=max(step.kv_length),
-            kv=self._cache,
+            max_query=max(end - start for start, end in pairwise(starts)),
         )
+        return ForwardContext(pages, self._integers(step.slots), self._integers(step.logit_rows), self._cache)
 
     def _integers(self, values: Sequence[object], dtype: torch.dtype = torch.int64) -> Tensor:
         pinned = self._device.type == "cuda"

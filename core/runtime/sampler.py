@@ -17,7 +17,6 @@ from plexor.model.build import Build
 from plexor.runtime.packer import NewSequence
 from plexor.runtime.request import SamplingParams
 
-
 COLDEST = 1e-5
 """Below this temperature logits would overflow when divided by it; the draw is then the likeliest token, its limit."""
 

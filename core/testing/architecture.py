@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from plexor.batch import Batch, ForwardContext, LayerCache
+from plexor.batch import Batch, ForwardContext, LayerCache, Pages
 from plexor.checkpoint.folder import open_folder
 from plexor.config import EngineConfig
 from plexor.extension.catalog import Catalog
@@ -198,17 +198,16 @@ def _step(
     seen = [piece.start + piece.length for piece in pieces]
     tables = [cache.blocks[piece.sequence] for piece in pieces]
     widest = max(len(table) for table in tables)
-    ctx = ForwardContext(
+    pages = Pages(
         query_start=ends.to(device, torch.int32),
         kv_length=torch.tensor(seen, dtype=torch.int32, device=device),
         block_table=torch.tensor(
             [table + [0] * (widest - len(table)) for table in tables], dtype=torch.int32, device=device
         ),
-        slots=torch.tensor(slots, device=device),
-        logit_rows=torch.arange(len(spots), device=device),
         max_query=max(lengths),
-        max_kv=max(seen),
-        kv=cache.layers,
+    )
+    ctx = ForwardContext(
+        pages, torch.tensor(slots, device=device), torch.arange(len(spots), device=device), cache.layers
     )
     batch = Batch(torch.tensor(token_ids, device=device), torch.tensor(positions, device=device))
     with torch.inference_mode():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -98,12 +99,20 @@ def _compare(title: str, expected: Any, actual: Any, tolerance: Tolerance) -> No
         assert expected.keys() == actual.keys(), f"{title}: {list(actual)} instead of {list(expected)}"
         for name, part in expected.items():
             _compare(f"{title}, {name}", part, actual[name], tolerance)
+    elif is_dataclass(expected):
+        for part in _compared(expected):
+            _compare(f"{title}, {part}", getattr(expected, part), getattr(actual, part), tolerance)
     elif isinstance(expected, tuple | list):
         assert len(expected) == len(actual), f"{title}: {len(actual)} parts instead of {len(expected)}"
         for place, part in enumerate(expected):
             _compare(f"{title}, part {place}", part, actual[place], tolerance)
     else:
         assert expected == actual, f"{title}: {actual!r} instead of {expected!r}"
+
+
+def _compared(value: Any) -> list[str]:
+    """The fields of a dataclass that are its content; a provider may keep what it derives in the others."""
+    return [part.name for part in fields(value) if part.compare]
 
 
 def _compare_tensors(title: str, expected: Tensor, actual: Tensor, tolerance: Tolerance) -> None:
@@ -140,6 +149,8 @@ def _copied(value: Any) -> Any:
         return type(value)(_copied(part) for part in value)
     if isinstance(value, Mapping):
         return {name: _copied(part) for name, part in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{part.name: _copied(getattr(value, part.name)) for part in fields(value)})
     return _copied_tensor(value) if isinstance(value, Tensor) else value
 
 

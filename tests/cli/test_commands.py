@@ -53,7 +53,16 @@ def test_generate_reads_the_prompt_from_standard_input(
 def test_explain_counts_before_loading(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "explain", str(tiny), "--device", "cpu", "--num-blocks", "8")
     assert code == 0
-    for said in ("LlamaForCausalLM", "'llama'", "weights", "KV blocks", "activations", "graphs", "fits", "not triton: "):
+    for said in (
+        "LlamaForCausalLM",
+        "'llama'",
+        "weights",
+        "KV blocks",
+        "activations",
+        "graphs",
+        "fits",
+        "not triton: ",
+    ):
         assert said in out
 
 
@@ -84,7 +93,9 @@ def test_plugins_lists_states_and_offers(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_plugins_does_not_import_torch() -> None:
-    script = "import sys; from plexor.cli import main; code = main(['plugins']); sys.exit(code or 'torch' in sys.modules)"
+    script = (
+        "import sys; from plexor.cli import main; code = main(['plugins']); sys.exit(code or 'torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", script], stdout=subprocess.DEVNULL, check=False).returncode == 0
 
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from plexor.batch import Pages
 from plexor.kernels.reference.grouped_linear import grouped_linear
 from plexor.kernels.reference.kv_write import kv_write
 from plexor.kernels.reference.paged_attention import paged_attention
@@ -108,7 +109,7 @@ def test_attention_is_that_of_dense_tensors(
     q = normal(2, int(rows[-1]) + num_padding, num_heads, 5)
     lengths = torch.tensor([entries for _, entries in pieces], dtype=torch.int32)
     longest = max([count for count, _ in pieces], default=1)
-    actual = paged_attention(q, cache, table, rows, lengths, 0.3, window, longest)
+    actual = paged_attention(q, cache, Pages(rows, lengths, table, longest), 0.3, window)
 
     expected = torch.zeros_like(q)
     for sequence, (count, entries) in enumerate(pieces):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from plexor.batch import Batch, ForwardContext, MediaRows
+from plexor.batch import Batch, ForwardContext, MediaRows, Pages
 from plexor.checkpoint.loader import load_weights
 from plexor.checkpoint.mapping import Rule
 from plexor.model.attention import Attention, AttentionConfig, RotaryTables
@@ -30,16 +30,13 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 def context(caches: tuple[dict[str, Tensor], ...]) -> ForwardContext:
     """One sequence of LENGTH tokens in block 1."""
-    return ForwardContext(
+    pages = Pages(
         query_start=torch.tensor([0, LENGTH], dtype=torch.int32),
         kv_length=torch.tensor([LENGTH], dtype=torch.int32),
         block_table=torch.tensor([[1]], dtype=torch.int32),
-        slots=torch.arange(8, 8 + LENGTH),
-        logit_rows=torch.tensor([LENGTH - 1]),
         max_query=LENGTH,
-        max_kv=LENGTH,
-        kv=caches,
     )
+    return ForwardContext(pages, torch.arange(8, 8 + LENGTH), torch.tensor([LENGTH - 1]), caches)
 
 
 def cache_for(build: Build, shape: KVShape) -> dict[str, Tensor]:

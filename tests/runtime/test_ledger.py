@@ -21,7 +21,9 @@ def test_weights_and_cache_are_as_planned(tiny: Path, precision: str, kv: str) -
     with Engine(config=config) as engine:
         rank = engine.core._ranks.rank
         module = rank.built.module
-        kept = sum(t.numel() * t.element_size() for t in {id(t): t for t in (*module.parameters(), *module.buffers())}.values())
+        kept = sum(
+            t.numel() * t.element_size() for t in {id(t): t for t in (*module.parameters(), *module.buffers())}.values()
+        )
         cache = sum(t.numel() * t.element_size() for layer in rank.runner._cache for t in layer.values())
     assert lines["weights"] == kept
     assert lines["KV blocks"] == cache
@@ -55,5 +57,3 @@ def test_blocks_that_do_not_fit() -> None:
     assert fit_blocks(1000, 10, most=10) == 10
     with pytest.raises(CapacityError, match="2,000 bytes and 1,000"):
         fit_blocks(1000, 2000, most=10)
-
-

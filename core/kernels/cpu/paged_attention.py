@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from plexor.batch import LayerCache
+from plexor.batch import LayerCache, Pages
 
 # Gathered numbers (of keys, and again of values) for which decodes are attended together: what a core's cache holds.
 # Larger temporaries are also handed back to the operating system each time, and page faults then cost more than the
@@ -14,38 +16,78 @@ from plexor.batch import LayerCache
 GATHER_LIMIT = 1 << 18
 
 
-def paged_attention(
-    q: Tensor,
-    cache: LayerCache,
-    block_table: Tensor,
-    query_start: Tensor,
-    kv_length: Tensor,
-    scale: float,
-    window: int | None,
-    max_query: int,
-) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class Decodes:
+    """Decodes that are attended together: what they read does not change from layer to layer.
+
+    rows: of the batch, None for all of its first ones in order. num_rows: how many. slots [S * L]: the entries, padded
+    with each sequence's own last one. visible [S, 1, 1, L]: which of them count.
+    """
+
+    rows: Tensor | None
+    num_rows: int
+    slots: Tensor
+    visible: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A step's attention: prefill pieces (start, end, sequence, entries), groups of decodes, where padding begins."""
+
+    pieces: tuple[tuple[int, int, int, int], ...]
+    decodes: tuple[Decodes, ...]
+    end: int
+
+
+def paged_attention(q: Tensor, cache: LayerCache, pages: Pages, scale: float, window: int | None) -> Tensor:
     """As plexor.kernels.reference.paged_attention. No entry beyond a sequence's length is read."""
-    starts, lengths = query_start.tolist(), kv_length.tolist()
+    block_size, num_kv_heads, head_size = cache["keys"].shape[1:]
+    key = (__name__, window, block_size, num_kv_heads * head_size)
+    if key not in pages.memo:
+        pages.memo[key] = make_plan(pages, window, block_size, num_kv_heads * head_size)
+    plan: Plan = pages.memo[key]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    out[starts[-1] :] = 0
-    decodes = []
-    for sequence, length in enumerate(lengths):
-        start, end = starts[sequence], starts[sequence + 1]
-        if end - start == 1:
-            decodes.append(sequence)
-        elif end > start:
-            keys, values = sequence_entries(cache, block_table[sequence], length, q.dtype)
-            out[start:end] = attend_piece(q[start:end], keys, values, scale, window)
-    for chunk in chunks(decodes, lengths, cache["keys"][0, 0].numel(), window):
-        longest = lengths[chunk[0]]
-        if len(chunk) == len(lengths):
-            num_rows = starts[-1]
-            out[:num_rows] = attend_decodes(q[:num_rows], cache, block_table, kv_length, longest, scale, window)
-            break
-        picked = torch.tensor(chunk)
-        rows = query_start[picked]
-        out[rows] = attend_decodes(q[rows], cache, block_table[picked], kv_length[picked], longest, scale, window)
+    out[plan.end :] = 0
+    for start, end, sequence, length in plan.pieces:
+        keys, values = sequence_entries(cache, pages.block_table[sequence], length, q.dtype)
+        out[start:end] = attend_piece(q[start:end], keys, values, scale, window)
+    for decodes in plan.decodes:
+        if decodes.rows is None:
+            out[: decodes.num_rows] = attend_decodes(q[: decodes.num_rows], cache, decodes, scale)
+        else:
+            out[decodes.rows] = attend_decodes(q[decodes.rows], cache, decodes, scale)
     return out
+
+
+def make_plan(pages: Pages, window: int | None, block_size: int, entry_size: int) -> Plan:
+    """entry_size: numbers of a key, over all heads."""
+    starts, lengths = pages.query_start.tolist(), pages.kv_length.tolist()
+    spans = [(starts[s], starts[s + 1], s, length) for s, length in enumerate(lengths)]
+    pieces = tuple(span for span in spans if span[1] - span[0] > 1)
+    single = [sequence for start, end, sequence, _ in spans if end - start == 1]
+    decodes = []
+    for chunk in chunks(single, lengths, entry_size, window):
+        everything = len(chunk) == len(lengths)
+        picked = torch.arange(len(chunk)) if everything else torch.tensor(chunk)
+        slots, visible = decode_slots(
+            pages.block_table[picked], pages.kv_length[picked], lengths[chunk[0]], window, block_size
+        )
+        decodes.append(Decodes(None if everything else pages.query_start[picked], len(chunk), slots, visible))
+    return Plan(pieces, tuple(decodes), starts[-1])
+
+
+def decode_slots(
+    block_table: Tensor, kv_length: Tensor, longest: int, window: int | None, block_size: int
+) -> tuple[Tensor, Tensor]:
+    """Slots and visibility of the entries that sequences of kv_length [S], none above `longest`, read: see Decodes."""
+    length = kv_length.long().unsqueeze(1)
+    position = torch.arange(longest)
+    if window is not None:
+        position = position[:window] + (length - window).clamp(min=0)
+    visible = position < length
+    position = torch.minimum(position, length - 1)
+    slots = block_table.gather(1, position // block_size) * block_size + position % block_size
+    return slots.flatten(), visible.view(len(kv_length), 1, 1, -1)
 
 
 def sequence_entries(cache: LayerCache, blocks: Tensor, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -96,44 +138,28 @@ def chunks(decodes: list[int], lengths: list[int], entry_size: int, window: int 
     return found
 
 
-def attend_decodes(
-    q: Tensor,
-    cache: LayerCache,
-    block_table: Tensor,
-    kv_length: Tensor,
-    longest: int,
-    scale: float,
-    window: int | None,
-) -> Tensor:
-    """Attend q [S, N, D], one row of each sequence with kv_length [S], none above `longest` -> [S, N, D].
+def attend_decodes(q: Tensor, cache: LayerCache, decodes: Decodes, scale: float) -> Tensor:
+    """Attend q [S, N, D], one row of each sequence -> [S, N, D].
 
     The query heads of a KV head stand as rows beside each other, since all of them see the same positions:
 
         q        [S, K, N / K, D]
-        entries  [S, K, longest, D]    padded with each sequence's own last entry, which the mask hides
+        entries  [S, K, L, D]
     """
     num_sequences, num_heads, head_size = q.shape
-    keys, values = cache["keys"], cache["values"]
-    block_size, num_kv_heads = keys.shape[1:3]
-    length = kv_length.long().unsqueeze(1)
-    position = torch.arange(longest)
-    if window is not None:
-        position = position[:window] + (length - window).clamp(min=0)
-    visible = position < length
-    position = torch.minimum(position, length - 1)
-    slots = block_table.gather(1, position // block_size) * block_size + position % block_size
+    num_kv_heads = cache["keys"].shape[2]
     shape = (num_sequences, -1, num_kv_heads, head_size)
-    picked_keys, picked_values = (
-        widened(entries.view(-1, num_kv_heads, head_size).index_select(0, slots.view(-1)), q.dtype)
+    keys, values = (
+        widened(cache[name].view(-1, num_kv_heads, head_size).index_select(0, decodes.slots), q.dtype)
         .view(shape)
         .transpose(1, 2)
-        for entries in (keys, values)
+        for name in ("keys", "values")
     )
     attended = scaled_dot_product_attention(
-        q.to(picked_keys.dtype).view(num_sequences, num_kv_heads, -1, head_size),
-        picked_keys,
-        picked_values,
-        attn_mask=visible.view(num_sequences, 1, 1, -1),
+        q.to(keys.dtype).view(num_sequences, num_kv_heads, -1, head_size),
+        keys,
+        values,
+        attn_mask=decodes.visible,
         scale=scale,
     )
     return attended.to(q.dtype).reshape(num_sequences, num_heads, head_size)

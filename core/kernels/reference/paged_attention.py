@@ -5,32 +5,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from plexor.batch import LayerCache
+from plexor.batch import LayerCache, Pages
 
 
 def paged_attention(
     q: Tensor,
     cache: LayerCache,
-    block_table: Tensor,
-    query_start: Tensor,
-    kv_length: Tensor,
+    pages: Pages,
     scale: float,
     window: int | None,
-    max_query: int,
 ) -> Tensor:
     """Attend q [T, N, D] over cache "keys", "values" [num_blocks, block_size, K, D] -> [T, N, D] in q's dtype.
 
-    Sequence s owns rows query_start[s] to query_start[s + 1] ([S + 1] int32) and the first kv_length[s] ([S] int32)
-    entries of the blocks in block_table[s] ([S, B] int32). Its rows are its last positions: row i of n stands at
+    Sequence s owns rows query_start[s] to query_start[s + 1] and the first kv_length[s] entries of the blocks in
+    block_table[s]. Its rows are its last positions: row i of n stands at
     kv_length[s] - n + i. A row sees the positions up to its own; with a window, only the last `window` of them, its
     own included. Query head h reads KV head h // (N / K). Cache entries are widened to float32 and the softmax is
-    float32. Rows beyond query_start[-1] are padding and come back as zeros. max_query: the longest piece.
+    float32. Rows beyond query_start[-1] are padding and come back as zeros.
     """
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
-    starts, lengths = query_start.tolist(), kv_length.tolist()
+    starts, lengths = pages.query_start.tolist(), pages.kv_length.tolist()
     for sequence, length in enumerate(lengths):
         rows = slice(starts[sequence], starts[sequence + 1])
-        keys, values = (sequence_entries(cache[name], block_table[sequence], length) for name in ("keys", "values"))
+        keys, values = (
+            sequence_entries(cache[name], pages.block_table[sequence], length) for name in ("keys", "values")
+        )
         visible = visible_positions(rows.stop - rows.start, length, window, q.device)
         out[rows] = dense_attention(q[rows].float(), keys, values, visible, scale).to(q.dtype)
     return out

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from plexor.batch import LayerCache
+from plexor.batch import LayerCache, Pages
 from plexor.kernels.triton.ragged import find_owner, tile_rows
 
 LOG2_E = 1.4426950408889634
@@ -100,12 +100,9 @@ def paged_attention_kernel(
 def paged_attention(
     q: Tensor,
     cache: LayerCache,
-    block_table: Tensor,
-    query_start: Tensor,
-    kv_length: Tensor,
+    pages: Pages,
     scale: float,
     window: int | None,
-    max_query: int,
 ) -> Tensor:
     """As plexor.kernels.reference.paged_attention; the cache's entries [K, D] are contiguous."""
     num_rows, num_heads, head_size = q.shape
@@ -114,22 +111,22 @@ def paged_attention(
         return out
     keys, values = cache["keys"], cache["values"]
     block_size, num_kv_heads = keys.shape[1:3]
-    num_sequences = kv_length.shape[0]
+    num_sequences = pages.kv_length.shape[0]
     group = num_heads // num_kv_heads
     size = max(16, triton.next_power_of_2(head_size))
-    heads_and_rows = max(16 if max_query == 1 else 128 // q.element_size(), triton.next_power_of_2(group))
-    tile = heads_and_rows // group if max_query > 1 else 1
+    heads_and_rows = max(16 if pages.max_query == 1 else 128 // q.element_size(), triton.next_power_of_2(group))
+    tile = heads_and_rows // group if pages.max_query > 1 else 1
     paged_attention_kernel[(num_rows // tile + num_sequences + 1, num_kv_heads)](
         q,
         keys,
         values,
-        block_table,
-        query_start[1:],
-        kv_length,
+        pages.block_table,
+        pages.query_start[1:],
+        pages.kv_length,
         out,
         num_rows,
         num_sequences,
-        block_table.stride(0),
+        pages.block_table.stride(0),
         block_size,
         head_size,
         q.stride(0),

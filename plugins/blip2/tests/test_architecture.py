@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 from plexor import Engine, EngineConfig, SamplingParams
-from plexor.api import Batch, Catalog, CheckpointError, ForwardContext, MediaModel, MediaRows, PluginError
+from plexor.api import Batch, Catalog, CheckpointError, ForwardContext, MediaModel, MediaRows, Pages, PluginError
 from plexor.testing.architecture import load_model
 from plexor.testing.checkpoints import write_checkpoint
 from plexor_blip2 import plugin
@@ -165,16 +165,13 @@ def run(model: Blip2, sequences: Sequence[Sequence[int]], embeddings: Tensor, ch
     for start in range(0, length, chunk):
         positions = torch.arange(start, min(start + chunk, length))
         slots = table[:, positions // BLOCK_SIZE].long() * BLOCK_SIZE + positions % BLOCK_SIZE
-        ctx = ForwardContext(
+        pages = Pages(
             query_start=torch.arange(count + 1, dtype=torch.int32) * len(positions),
             kv_length=torch.full((count,), start + len(positions), dtype=torch.int32),
             block_table=table,
-            slots=slots.flatten(),
-            logit_rows=torch.arange(count * len(positions)),
             max_query=len(positions),
-            max_kv=start + len(positions),
-            kv=cache,
         )
+        ctx = ForwardContext(pages, slots.flatten(), torch.arange(count * len(positions)), cache)
         placeholders = positions[positions < QUERIES]
         media = (MediaRows(placeholders - start, embeddings[placeholders]),) if len(placeholders) else ()
         ids = torch.tensor([sequence[start : start + chunk] for sequence in sequences])
