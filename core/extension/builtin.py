@@ -73,6 +73,14 @@ def kernels() -> Iterable[Kernel]:
             dtypes=_FLOATS,
             kv_dtypes=_CACHES,
         ),
+        Kernel(
+            op="linear",
+            provider="onednn",
+            load="plexor.kernels.cpu.linear:PackedLinear",
+            devices=_CPU,
+            dtypes=frozenset({"float32", "bfloat16"}),
+            refuses="plexor.kernels.cpu.linear:refuses",
+        ),
         _triton("grouped_linear"),
         _triton("sample"),
         Kernel(

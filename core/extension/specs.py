@@ -80,8 +80,11 @@ class Facts:
 class Kernel:
     """One provider of an op, with the facts it can serve.
 
+    load: a function, or a class whose instances are called: each binding gets its own, which may keep what belongs to
+    one layer, such as its weight in another layout.
     kv_dtypes: storage dtypes of the cache it reads or writes; a kernel never sees one that it does not list.
-    refuses: a reason against given facts, or None; it may not be used as an on/off switch.
+    refuses: gives a reason against given facts, or None; a Target of such a function where it needs heavy imports. It
+    may not be used as an on/off switch.
     The highest priority that fits wins; the reference has priority 0.
     """
 
@@ -93,7 +96,7 @@ class Kernel:
     capability: tuple[int, int] | None = None
     kv_dtypes: frozenset[str] = frozenset()
     priority: int = 10
-    refuses: Callable[[Facts], str | None] | None = None
+    refuses: Callable[[Facts], str | None] | Target | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,6 +23,13 @@ def resolve(target: Target) -> Any:
         raise PluginError(f"{target!r} cannot be loaded ({error}): reinstall the plugin that declares it") from error
 
 
+def bound(kernel: Kernel) -> Callable[..., Any]:
+    """The function that a kernel names, or a new instance of the class that it names."""
+    provider = resolve(kernel.load)
+    function: Callable[..., Any] = provider() if isinstance(provider, type) else provider
+    return function
+
+
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """One provider's standing in a choice; `reason` is empty for the winner."""
@@ -76,14 +83,13 @@ class KernelTable:
         return tuple(sorted(self._kernels[op], key=lambda kernel: (-kernel.priority, kernel.provider)))
 
     def bind(self, op: str, facts: Facts) -> Callable[..., Any]:
-        """The winner's function for these facts."""
+        """The winner's function for these facts; of a provider that is a class, an instance for this binding alone."""
         choice = self.explain(op, facts)
         self._choices.setdefault((op, repr(facts)), choice)
         if choice.winner == REFERENCE:
             return self.reference(op)
         kernel = next(kernel for kernel in self._kernels[op] if kernel.provider == choice.winner)
-        function: Callable[..., Any] = resolve(kernel.load)
-        return function
+        return bound(kernel)
 
     def reference(self, op: str) -> Callable[..., Any]:
         """The op's definition in plain torch."""
@@ -142,4 +148,7 @@ def _refusal(kernel: Kernel, facts: Facts) -> str:
         return f"takes {', '.join(sorted(kernel.dtypes))}, not {facts.dtype}"
     if facts.kv_dtype is not None and facts.kv_dtype not in kernel.kv_dtypes:
         return f"does not list the cache storage {facts.kv_dtype}"
-    return (kernel.refuses(facts) or "") if kernel.refuses is not None else ""
+    if kernel.refuses is None:
+        return ""
+    refuses = resolve(kernel.refuses) if isinstance(kernel.refuses, str) else kernel.refuses
+    return refuses(facts) or ""

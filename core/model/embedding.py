@@ -25,6 +25,7 @@ class VocabEmbedding(nn.Module):
         self._rows = range(start, min(start + per_rank, vocab_size))
         self.register_buffer("weight", torch.zeros(per_rank, hidden_size, dtype=build.dtype, device=build.device))
         self.weight: Tensor
+        self._product = build.bind("linear", out_features=per_rank, in_features=hidden_size)
 
     def pieces(self) -> set[tuple[int, int, str]]:
         return {(0, 0, "weight")}
@@ -46,7 +47,7 @@ class VocabEmbedding(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Rows [R, H] times the table, [R, V] float32 on every rank."""
-        local = nn.functional.linear(hidden, self.weight)
+        local: Tensor = self._product(hidden, self.weight)
         return self._mesh.all_gather(local)[:, : self.vocab_size].float()
 
 

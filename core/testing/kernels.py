@@ -13,7 +13,7 @@ from torch import Tensor
 
 from plexor.extension.specs import Facts, Kernel, Op, Tolerance
 from plexor.kernels.op import Sample
-from plexor.kernels.table import KernelTable, resolve
+from plexor.kernels.table import KernelTable, bound, resolve
 
 INTERPRETED = "triton"
 """Providers whose name begins so run on CPU tensors under Triton's interpreter (TRITON_INTERPRET=1)."""
@@ -54,7 +54,7 @@ def check_kernel(table: KernelTable, op: str, provider: str, device: torch.devic
     spec = table.ops[op]
     kernel = _kernel(table, op, provider)
     reference: Callable[..., Any] = resolve(spec.reference)
-    function: Callable[..., Any] = resolve(kernel.load)
+    function = bound(kernel)
     tolerance = spec.tolerance[_name(dtype)]
     num_run = 0
     not_interpreted = []
