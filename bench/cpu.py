@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import transformers
 
 from plexor import Engine, EngineConfig, SamplingParams
 
@@ -31,7 +32,8 @@ def main() -> None:
     with Engine(config=config) as engine:
         theirs = _load_theirs(engine.folder.path, getattr(torch, arguments.dtype))
         print(
-            f"{engine.folder.path.name}, {arguments.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+            f"{engine.folder.path.name}, {arguments.dtype}, {torch.get_num_threads()} threads, "
+            f"torch {torch.__version__}, transformers {transformers.__version__}"
         )
         print("| requests | Plexor tok/s | transformers tok/s | ratio | same tokens |")
         print("|---|---|---|---|---|")
@@ -40,9 +42,7 @@ def main() -> None:
 
 
 def _load_theirs(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     model.generation_config.eos_token_id = None  # both go on for as many tokens as were asked for
     return model
 

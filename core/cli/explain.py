@@ -27,7 +27,8 @@ def run(arguments: argparse.Namespace, catalog: Catalog) -> int:
         f"{folder.path}: {folder.architecture}, served by plugin {owner.name!r} ({owner.distribution} {owner.version})"
     )
     print(
-        f"runs on {plan.device_name} in {plan.dtype}, precision {config.precision}, KV {config.kv}, ranks {config.tensor_parallel}"
+        f"runs on {plan.device_name} in {plan.dtype}, precision {config.precision}, KV {config.kv}, "
+        f"ranks {config.tensor_parallel}"
     )
     print(f"context {plan.max_length:,}, vocabulary {plan.vocab_size:,}\n")
     print_choices(plan.choices)

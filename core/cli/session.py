@@ -15,7 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeE
 
 from plexor.cli.options import human_bytes
 from plexor.config import EngineConfig
-from plexor.errors import PlexorError, RequestError
+from plexor.errors import PlexorError
 from plexor.extension.catalog import Catalog
 from plexor.runtime.engine import Completion, Engine
 from plexor.runtime.prompts import Prompt
@@ -48,13 +48,12 @@ def open_engine(config: EngineConfig, catalog: Catalog) -> Iterator[tuple[Engine
 
 
 def stream_answer(engine: Engine, prompt: Prompt, sampling: SamplingParams, out: TextIO) -> Completion:
-    """Print an answer as it comes; RequestError if it ended in an error."""
-    answer: Completion | None = None
-    for answer, delta in engine.stream(prompt, sampling):
+    """Print an answer as it comes; PlexorError if it ended in an error."""
+    answer = Completion(prompt.token_ids)
+    for so_far, delta in engine.stream(prompt, sampling):
+        answer = so_far
         out.write(delta.text)
         out.flush()
-    if answer is None:
-        raise RequestError("the engine gave no answer: raise --max-tokens")
     if answer.error is not None:
         raise PlexorError(answer.error)
     return answer

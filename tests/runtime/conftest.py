@@ -10,7 +10,7 @@ from plexor.testing.checkpoints import write_checkpoint
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Odd shapes: head size 24, two query heads to a KV head, 4 KV heads so that 2 and 4 ranks divide, vocabulary 301."""
+    """Odd shapes: head size 24, four query heads to a KV head, fewer KV heads than four ranks, vocabulary 301."""
     config = LlamaConfig(
         vocab_size=301,
         hidden_size=40,

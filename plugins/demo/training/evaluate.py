@@ -17,9 +17,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from common import Log
-from plexor_demo.pictures import draw
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Blip2ForConditionalGeneration, Blip2Processor
+
+from plexor_demo.pictures import draw
 
 ROOT = Path(__file__).parents[1]
 CHECKPOINTS = ROOT / "plexor_demo" / "checkpoints"

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from common import Log, Schedule, hardware, name_tokenizer_class, optimizer, settled
-from plexor_demo.pictures import COLOURS, PLACES, SHAPES, SIZE, TRAINING_SEEDS, draw
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import (
@@ -26,6 +25,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+
+from plexor_demo.pictures import COLOURS, PLACES, SHAPES, SIZE, TRAINING_SEEDS, draw
 
 START, PAD, END, IMAGE = "<s>", "<pad>", "</s>", "<image>"
 START_ID, PAD_ID, END_ID, IMAGE_ID = range(4)
