@@ -1,0 +1,63 @@
+"""What fp8 and int8_sq share: one number for each weight, and one float32 scale for each output channel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from plexor.api import GroupedMultiply, KernelTable, LinearShape, Multiply, Stored, facts
+
+
+@dataclass(frozen=True, slots=True)
+class PerChannelFormat:
+    """Keeps "weight" [out, in] in `dtype` and "scale" float32 [out]; a LinearFormat.
+
+    round_rows: x [..., n] -> numbers [..., n] in `dtype`, scale float32 [..., 1]. op and grouped_op take the
+    activations as they are and round them themselves.
+    """
+
+    dtype: torch.dtype
+    round_rows: Callable[[Tensor], tuple[Tensor, Tensor]]
+    op: str
+    grouped_op: str
+
+    def storage(self, shape: LinearShape, dtype: torch.dtype) -> tuple[Stored, ...]:
+        return (
+            Stored("weight", (shape.out_features, shape.in_features), self.dtype, 0, 1),
+            Stored("scale", (shape.out_features,), torch.float32, 0, None),
+        )
+
+    def convert(self, weight: Tensor) -> dict[str, Tensor]:
+        numbers, scale = self.round_rows(weight)
+        return {"weight": numbers, "scale": scale.squeeze(-1)}
+
+    def load(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return dict(stored)
+
+    def dense(self, stored: Mapping[str, Tensor]) -> Tensor:
+        return stored["weight"].float() * stored["scale"].unsqueeze(-1)
+
+    def bind(self, table: KernelTable, shape: LinearShape, dtype: torch.dtype, device: torch.device) -> Multiply:
+        sizes = {"out_features": shape.out_features, "in_features": shape.in_features}
+        product = table.bind(self.op, facts(device, dtype, None, **sizes))
+
+        def multiply(x: Tensor, stored: Mapping[str, Tensor]) -> Tensor:
+            y: Tensor = product(x, stored["weight"], stored["scale"])
+            return y
+
+        return multiply
+
+    def bind_grouped(
+        self, table: KernelTable, shape: LinearShape, dtype: torch.dtype, device: torch.device
+    ) -> GroupedMultiply:
+        sizes = {"out_features": shape.out_features, "in_features": shape.in_features, "groups": shape.groups}
+        product = table.bind(self.grouped_op, facts(device, dtype, None, **sizes))
+
+        def multiply(x: Tensor, stored: Mapping[str, Tensor], group_end: Tensor) -> Tensor:
+            y: Tensor = product(x, stored["weight"], stored["scale"], group_end)
+            return y
+
+        return multiply
