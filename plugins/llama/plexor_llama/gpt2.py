@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from plexor.api import (
     AttentionConfig,
-    Build,
-    Decoder,
     DecoderConfig,
-    FeedForward,
     FeedForwardConfig,
     Fields,
     Ignore,
-    LayerNorm,
     Rows,
     Rule,
-    Slots,
     Transpose,
     WeightRule,
     under,
 )
-from plexor_llama.stack import StackConfig, head_size, refuse
+from plexor_llama.stack import StackConfig, multi_head, refuse
 
 
 def config(raw: Mapping[str, Any]) -> StackConfig:
@@ -47,14 +43,6 @@ def config(raw: Mapping[str, Any]) -> StackConfig:
         ),
         norm_eps=fields.number("layer_norm_epsilon", 1e-5),
     )
-
-
-def model(config: StackConfig, build: Build) -> Decoder:
-    slots = Slots(
-        feed_forward=lambda _: FeedForward(build, config.feed_forward),
-        norm=lambda size: LayerNorm(build, size, config.norm_eps),
-    )
-    return Decoder(build, config.decoder, slots)
 
 
 def weights(config: StackConfig) -> tuple[WeightRule, ...]:
@@ -92,17 +80,8 @@ def _stack(hidden_size: int) -> tuple[WeightRule, ...]:
 
 
 def _attention(fields: Fields, index: int) -> AttentionConfig:
-    hidden_size, num_heads = fields.integer("n_embd"), fields.integer("n_head")
-    size = head_size(hidden_size, num_heads)
-    scale = size**-0.5 if fields.flag("scale_attn_weights", True) else 1.0
+    attention = multi_head(fields.integer("n_embd"), fields.integer("n_head"), bias=True)
+    scale = attention.scale if fields.flag("scale_attn_weights", True) else 1.0
     if fields.flag("scale_attn_by_inverse_layer_idx", False):
         scale /= index + 1
-    return AttentionConfig(
-        hidden_size=hidden_size,
-        num_heads=num_heads,
-        num_kv_heads=num_heads,
-        head_size=size,
-        scale=scale,
-        qkv_bias=True,
-        out_bias=True,
-    )
+    return replace(attention, scale=scale)

@@ -3,51 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from plexor.api import (
-    AttentionConfig,
-    Build,
-    Decoder,
     DecoderConfig,
-    FeedForward,
     FeedForwardConfig,
     Fields,
     Ignore,
     Interleaved,
-    LayerNorm,
     Rule,
-    Slots,
     WeightRule,
     read_rotary,
 )
-from plexor_llama.stack import StackConfig, head_size
+from plexor_llama.stack import StackConfig, multi_head
 
 
 def config(raw: Mapping[str, Any]) -> StackConfig:
     """GPTNeoXForCausalLM"""
     fields = Fields(raw)
-    hidden_size, num_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
-    size = head_size(hidden_size, num_heads)
-    # A quarter of each head turns unless the file says otherwise.
-    rotary = read_rotary({"rotary_pct": 0.25, **raw}, size, fields.integer("max_position_embeddings"))
+    hidden_size = fields.integer("hidden_size")
     bias = fields.flag("attention_bias", True)
-    attention = AttentionConfig(
-        hidden_size=hidden_size,
-        num_heads=num_heads,
-        num_kv_heads=num_heads,
-        head_size=size,
-        scale=size**-0.5,
-        rotary=rotary,
-        qkv_bias=bias,
-        out_bias=bias,
-    )
+    heads = multi_head(hidden_size, fields.integer("num_attention_heads"), bias=bias)
+    # A quarter of each head turns unless the file says otherwise.
+    rotary = read_rotary({"rotary_pct": 0.25, **raw}, heads.head_size, fields.integer("max_position_embeddings"))
     return StackConfig(
         decoder=DecoderConfig(
             vocab_size=fields.integer("vocab_size"),
             max_positions=rotary.num_positions,
             hidden_size=hidden_size,
-            attention=(attention,) * fields.integer("num_hidden_layers"),
+            attention=(replace(heads, rotary=rotary),) * fields.integer("num_hidden_layers"),
             tied_head=fields.flag("tie_word_embeddings", False),
             residual="parallel" if fields.flag("use_parallel_residual", True) else "sequential",
         ),
@@ -59,14 +44,6 @@ def config(raw: Mapping[str, Any]) -> StackConfig:
         ),
         norm_eps=fields.number("layer_norm_eps", 1e-5),
     )
-
-
-def model(config: StackConfig, build: Build) -> Decoder:
-    slots = Slots(
-        feed_forward=lambda _: FeedForward(build, config.feed_forward),
-        norm=lambda size: LayerNorm(build, size, config.norm_eps),
-    )
-    return Decoder(build, config.decoder, slots)
 
 
 def weights(config: StackConfig) -> tuple[WeightRule, ...]:

@@ -11,21 +11,15 @@ from types import MappingProxyType
 from typing import Any
 
 from plexor.api import (
-    AttentionConfig,
-    Build,
-    Decoder,
     DecoderConfig,
-    FeedForward,
     FeedForwardConfig,
     Fields,
     Ignore,
-    LayerNorm,
     Rule,
-    Slots,
     WeightRule,
     under,
 )
-from plexor_llama.stack import StackConfig, head_size, refuse
+from plexor_llama.stack import StackConfig, multi_head, refuse
 
 POSITION_OFFSET = 2
 NORM_EPS = 1e-5
@@ -45,20 +39,11 @@ def config(raw: Mapping[str, Any]) -> StackConfig:
     """OPTForCausalLM. Inside another model's file, fields that have the library's default value may be left out."""
     fields = Fields({**LIBRARY_DEFAULTS, **raw})
     refuse(fields, "layer_norm_elementwise_affine", unless=True)
-    hidden_size, num_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+    hidden_size = fields.integer("hidden_size")
     num_positions = fields.integer("max_position_embeddings")
-    size = head_size(hidden_size, num_heads)
     bias = fields.flag("enable_bias", True)
     before = fields.flag("do_layer_norm_before", True)
-    attention = AttentionConfig(
-        hidden_size=hidden_size,
-        num_heads=num_heads,
-        num_kv_heads=num_heads,
-        head_size=size,
-        scale=size**-0.5,
-        qkv_bias=bias,
-        out_bias=bias,
-    )
+    attention = multi_head(hidden_size, fields.integer("num_attention_heads"), bias=bias)
     return StackConfig(
         decoder=DecoderConfig(
             vocab_size=fields.integer("vocab_size"),
@@ -80,14 +65,6 @@ def config(raw: Mapping[str, Any]) -> StackConfig:
         ),
         norm_eps=NORM_EPS,
     )
-
-
-def model(config: StackConfig, build: Build) -> Decoder:
-    slots = Slots(
-        feed_forward=lambda _: FeedForward(build, config.feed_forward),
-        norm=lambda size: LayerNorm(build, size, config.norm_eps),
-    )
-    return Decoder(build, config.decoder, slots)
 
 
 def weights(config: StackConfig) -> tuple[WeightRule, ...]:
