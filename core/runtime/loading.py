@@ -14,7 +14,7 @@ from torch import nn
 from plexor.checkpoint.folder import ModelFolder
 from plexor.checkpoint.loader import LoadReport, Progress, load_weights
 from plexor.checkpoint.source import TensorSource
-from plexor.errors import CheckpointError, ConfigError
+from plexor.errors import CapacityError, CheckpointError, ConfigError
 from plexor.extension.catalog import Catalog
 from plexor.extension.specs import Architecture
 from plexor.kernels.table import KernelTable, resolve
@@ -61,8 +61,16 @@ def build_model(folder: ModelFolder, catalog: Catalog, table: KernelTable, place
     architecture = catalog.architecture(folder.architecture)
     config: ModelConfig = resolve(architecture.config)(folder.config)
     build = make_build(catalog, table, placement)
-    with torch.no_grad():
-        model: Model = resolve(architecture.model)(config, build)
+    try:
+        with torch.no_grad():
+            model: Model = resolve(architecture.model)(config, build)
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise CapacityError(
+            f"{folder.path} does not fit in the memory of {placement.device}: use fewer bits or more ranks, or see "
+            "what it takes with `plexor explain`"
+        ) from error
     return BuiltModel(architecture, config, model, build)
 
 
@@ -80,10 +88,15 @@ def load_model(
 def open_source(path: Path, catalog: Catalog) -> TensorSource:
     """The folder's tensors, through the one checkpoint format that knows it."""
     found = [spec for spec in catalog.checkpoint_formats.values() if resolve(spec.detects)(path)]
-    if len(found) != 1:
-        names = ", ".join(sorted(spec.name for spec in found or catalog.checkpoint_formats.values()))
-        what = f"{len(found)} checkpoint formats claim" if found else "no checkpoint format knows"
-        raise CheckpointError(f"{what} the weights in {path} ({names}): keep the files of one format")
+    names = ", ".join(sorted(spec.name for spec in found or catalog.checkpoint_formats.values()))
+    if not found:
+        raise CheckpointError(
+            f"{path} holds no weights in a format that is installed ({names}): finish the download, or convert them"
+        )
+    if len(found) > 1:
+        raise CheckpointError(
+            f"{len(found)} checkpoint formats claim the weights in {path} ({names}): keep the files of one format"
+        )
     source: TensorSource = resolve(found[0].open)(path)
     return source
 
@@ -114,13 +127,19 @@ def choose_device(name: str) -> torch.device:
 
 def choose_dtype(name: str, config: Mapping[str, Any]) -> torch.dtype:
     """ "auto" is what config.json states (in text_config for a model of several halves), float32 if it says nothing."""
-    nested = config.get("text_config") or {}
-    stated = [part.get(key) for part in (config, nested) for key in ("dtype", "torch_dtype")]
+    nested = config.get("text_config")
+    parts = (config, nested) if isinstance(nested, Mapping) else (config,)
+    stated = [part.get(key) for part in parts for key in ("dtype", "torch_dtype")]
     chosen = name if name != "auto" else next((str(value) for value in stated if value), "float32")
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if chosen not in known:
         raise CheckpointError(f"config.json states the dtype {chosen!r}: choose one with --dtype ({', '.join(known)})")
     return known[chosen]
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """torch has a class of its own for a GPU's memory, but for a CPU's only this sentence."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _format(catalog: Catalog, name: str) -> LinearFormat:

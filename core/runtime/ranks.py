@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import sys
 import tempfile
@@ -35,6 +36,17 @@ _STOP = b""
 
 
 @dataclass(frozen=True, slots=True)
+class _Word:
+    """What a rank tells rank 0 while it starts. num_blocks: how many cache blocks it has room for, once it has loaded.
+
+    error: why it gives up, in the words that rank 0 then says; a rank prints nothing of its own.
+    """
+
+    num_blocks: int = 0
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Rank:
     """What one process has made ready."""
 
@@ -46,9 +58,17 @@ class Rank:
 
 
 def make_rank(
-    config: EngineConfig, catalog: Catalog, folder: ModelFolder, mesh: Mesh, progress: Progress | None = None
+    config: EngineConfig,
+    catalog: Catalog,
+    folder: ModelFolder,
+    mesh: Mesh,
+    agree: Callable[[int], int],
+    progress: Progress | None = None,
 ) -> Rank:
-    """Load this rank's share of the model and give it its cache. All ranks agree on the number of blocks."""
+    """Load this rank's share of the model and give it its cache.
+
+    agree: from the number of blocks that fit on this rank to the number that all ranks use.
+    """
     device = choose_device(config.device)
     if device.type == "cuda":
         device = torch.device("cuda", mesh.rank)
@@ -56,7 +76,7 @@ def make_rank(
     placement = Placement(device, choose_dtype(config.dtype, folder.config), config.precision, config.kv, mesh)
     built, report = load_model(folder, catalog, catalog.kernel_table(config.kernels), placement, progress)
     max_length = context_length(config, built)
-    num_blocks = _agree_on_blocks(config, built, max_length)
+    num_blocks = agree(_fitting_blocks(config, built, max_length))
     cache = allocate(built.model, built.build, num_blocks, config.block_size)
     return Rank(Runner(built, cache, config.max_sequences), built, report, num_blocks, max_length)
 
@@ -70,18 +90,12 @@ def context_length(config: EngineConfig, built: BuiltModel) -> int:
     return config.max_length or built.config.max_positions
 
 
-def _agree_on_blocks(config: EngineConfig, built: BuiltModel, max_length: int) -> int:
+def _fitting_blocks(config: EngineConfig, built: BuiltModel, max_length: int) -> int:
     if config.num_blocks is not None:
         return config.num_blocks
     most = config.max_sequences * -(-max_length // config.block_size)
     each = block_bytes(built.model, built.build, config.block_size)
-    device, mesh = built.build.device, built.build.mesh
-    fitting = fit_blocks(_free_bytes(config, built), each, most)
-    if mesh.size == 1:
-        return fitting
-    agreed = torch.tensor(fitting, device=device)
-    dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
-    return int(agreed)
+    return fit_blocks(_free_bytes(config, built), each, most)
 
 
 def _free_bytes(config: EngineConfig, built: BuiltModel) -> int:
@@ -122,8 +136,10 @@ class Ranks:
             if self.size > 1:
                 _try_out(config, catalog, folder)
                 self._start_others(config, catalog, folder)
-            self.rank = make_rank(config, catalog, folder, Mesh(0, self.size), progress)
+            self.rank = make_rank(config, catalog, folder, Mesh(0, self.size), self._agree, progress)
         except BaseException:
+            for process in self._processes:
+                process.kill()
             self.close()
             raise
 
@@ -133,12 +149,18 @@ class Ranks:
             data = msgspec.msgpack.encode(step)
             for index, pipe in enumerate(self._pipes):
                 self._send(index, pipe, data)
-        return self.rank.runner.launch(step)
+        try:
+            return self.rank.runner.launch(step)
+        except RuntimeError as error:
+            for index, process in enumerate(self._processes):
+                if not process.is_alive():
+                    raise _died(index + 1) from error
+            raise
 
     def close(self) -> None:
         """End the other ranks; safe to call twice."""
-        for index, pipe in enumerate(self._pipes):
-            if self._processes[index].is_alive():
+        for pipe in self._pipes:
+            with contextlib.suppress(OSError):  # one that has died needs no telling
                 pipe.send_bytes(_STOP)
             pipe.close()
         for process in self._processes:
@@ -154,9 +176,27 @@ class Ranks:
         try:
             pipe.send_bytes(data)
         except OSError as error:
-            raise PlexorError(
-                f"rank {index + 1} has died ({error}): its own message stands above; start again"
-            ) from error
+            raise _died(index + 1) from error
+
+    def _hear(self) -> list[_Word]:
+        """The next word of every other rank; PlexorError if one gives up or has died."""
+        words = []
+        for index, pipe in enumerate(self._pipes):
+            try:
+                word = msgspec.msgpack.decode(pipe.recv_bytes(), type=_Word)
+            except (EOFError, OSError) as error:
+                raise _died(index + 1) from error
+            if word.error:
+                raise PlexorError(f"rank {index + 1}: {word.error}")
+            words.append(word)
+        return words
+
+    def _agree(self, num_blocks: int) -> int:
+        """The least that any rank has room for, which is told to all."""
+        least = min([num_blocks, *(word.num_blocks for word in self._hear())])
+        for index, pipe in enumerate(self._pipes):
+            self._send(index, pipe, msgspec.msgpack.encode(_Word(least)))
+        return least
 
     def _start_others(self, config: EngineConfig, catalog: Catalog, folder: ModelFolder) -> None:
         size = self.size
@@ -175,6 +215,7 @@ class Ranks:
             there.close()
             self._pipes.append(here)
             self._processes.append(process)
+        self._hear()
         _join(store, 0, size, device.type)
 
 
@@ -197,30 +238,41 @@ def _try_out(config: EngineConfig, catalog: Catalog, folder: ModelFolder) -> Non
         context_length(config, build_model(folder, catalog, catalog.kernel_table(config.kernels), placement))
 
 
+def _died(rank: int) -> PlexorError:
+    return PlexorError(f"rank {rank} has died: what it said stands above, if it could say anything; start again")
+
+
 def _serve_rank(pipe: Connection, rank: int, size: int, job: bytes) -> None:
-    """The life of a process of rank 1 and up. What goes wrong here is said in one line, as rank 0 says it."""
+    """The life of a process of rank 1 and up: two words to rank 0 (it is there, it has loaded), then steps."""
     try:
-        _load_and_run(pipe, rank, size, job)
+        made = _load(pipe, rank, size, job)
     except PlexorError as error:
-        print(f"plexor: rank {rank}: {error}", file=sys.stderr)
+        pipe.send_bytes(msgspec.msgpack.encode(_Word(error=str(error))))
         sys.exit(1)
+    except (EOFError, KeyboardInterrupt):  # rank 0 has gone
+        return
+    _run_steps(pipe, made.runner.launch)
+    dist.destroy_process_group()
 
 
-def _load_and_run(pipe: Connection, rank: int, size: int, job: bytes) -> None:
+def _load(pipe: Connection, rank: int, size: int, job: bytes) -> Rank:
+    def agree(num_blocks: int) -> int:
+        pipe.send_bytes(msgspec.msgpack.encode(_Word(num_blocks)))
+        return msgspec.msgpack.decode(pipe.recv_bytes(), type=_Word).num_blocks
+
     config, path, store, identity = msgspec.json.decode(
         job, type=tuple[EngineConfig, str, str, tuple[tuple[str, str], ...]]
     )
     catalog = Catalog.load(strict=config.strict_plugins)
     if catalog.identity != identity:
-        raise ConfigError(f"rank {rank} found the plugins {catalog.identity}, rank 0 {identity}: start again")
+        raise ConfigError(f"found the plugins {catalog.identity}, rank 0 {identity}: start again")
     torch.set_num_threads(max(torch.get_num_threads() // size, 1))
     device_type = choose_device(config.device).type
     if device_type == "cuda":
         torch.cuda.set_device(rank)
+    pipe.send_bytes(msgspec.msgpack.encode(_Word()))
     _join(store, rank, size, device_type)
-    made = make_rank(config, catalog, open_folder(Path(path)), Mesh(rank, size))
-    _run_steps(pipe, made.runner.launch)
-    dist.destroy_process_group()
+    return make_rank(config, catalog, open_folder(Path(path)), Mesh(rank, size), agree)
 
 
 def _run_steps(pipe: Connection, launch: Callable[[StepInput], Pending]) -> None:

@@ -76,7 +76,8 @@ class Sampler:
             table.pop(slot, None)
         if params.min_tokens:
             banned = [*params.stop_token_ids, *(() if params.ignore_end else new.end_ids)]
-            self._bans[slot] = torch.tensor(banned, dtype=torch.int64, device=self._device)
+            drawable = [token_id for token_id in banned if token_id < self._vocab_size]  # a checkpoint may name others
+            self._bans[slot] = torch.tensor(drawable, dtype=torch.int64, device=self._device)
         if params.logit_bias:
             ids = torch.tensor(list(params.logit_bias), dtype=torch.int64, device=self._device)
             self._bias[slot] = (ids, torch.tensor(list(params.logit_bias.values()), device=self._device))

@@ -1,13 +1,17 @@
 """The engine as its user sees it: answers, their ends, independence of neighbours, ranks, errors."""
 
+import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from plexor import Engine, EngineConfig, SamplingParams
-from plexor.errors import ConfigError, RequestError
+from plexor.errors import CapacityError, ConfigError, PlexorError, RequestError
+from plexor.extension.catalog import Catalog
 from plexor.runtime.request import Output
 from plexor.runtime.stats import StepStats
 
@@ -172,6 +176,67 @@ def test_ranks_draw_the_same_tokens_as_one(tiny: Path, shared: Engine, size: int
 def test_ranks_that_do_not_divide_the_model_are_refused(tiny: Path) -> None:
     with pytest.raises(ConfigError, match="3"):
         engine(tiny, tensor_parallel=3, device="cpu")
+
+
+def spoiled(tiny: Path, folder: Path) -> Path:
+    """A copy whose last column of one tensor, which only the last rank reads, is NaN."""
+    shutil.copytree(tiny, folder)
+    name = "model.layers.1.mlp.down_proj.weight"
+    shard = folder / json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"][name]
+    tensors = load_file(shard)
+    tensors[name][:, -1] = float("nan")
+    save_file(tensors, shard)
+    return folder
+
+
+def test_a_rank_that_cannot_load_is_heard_at_once(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(PlexorError, match=r"^rank 1: .*down_proj.* holds NaN"):
+        engine(spoiled(tiny, tmp_path / "model"), tensor_parallel=2, device="cpu")
+
+
+def test_a_rank_with_other_plugins_is_heard_before_anybody_waits(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    catalog = Catalog.load()
+    monkeypatch.setenv("PLEXOR_PLUGINS", "")
+    with pytest.raises(PlexorError, match=r"^rank 1: found the plugins"):
+        Engine(str(tiny), config=EngineConfig(tensor_parallel=2, device="cpu", num_blocks=16), catalog=catalog)
+
+
+def test_a_rank_that_dies_between_steps_ends_the_engine_in_a_sentence(tiny: Path) -> None:
+    with engine(tiny, tensor_parallel=2, device="cpu") as parallel:
+        (process,) = parallel.core._ranks._processes
+        process.kill()
+        process.join()
+        with pytest.raises(PlexorError, match="rank 1 has died"):
+            parallel.generate([5, 6, 7], GREEDY)
+
+
+def test_an_end_id_beyond_the_vocabulary_does_not_stop_min_tokens(tiny: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny, folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 10**6]}))
+    with engine(folder) as model:
+        (answer,) = model.generate([5, 6, 7], SamplingParams(temperature=0, max_tokens=8, min_tokens=8))
+    assert len(answer.token_ids) == 8
+    assert 1 not in answer.token_ids
+
+
+@pytest.mark.parametrize("field", ["vocab_size", "max_position_embeddings"])
+def test_a_model_beyond_the_memory_is_refused_in_a_sentence(tiny: Path, tmp_path: Path, field: str) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, field: 10**15}))
+    with pytest.raises(CapacityError, match="does not fit in the memory of cpu"):
+        engine(folder, device="cpu")
+
+
+def test_a_text_config_that_is_no_object_says_nothing_of_the_dtype(tiny: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "text_config": ["x"]}))
+    with engine(folder) as model:
+        assert model.generate([5, 6, 7], GREEDY)[0].finish_reason == "length"
 
 
 def test_a_context_beyond_the_model_is_refused(tiny: Path) -> None:
