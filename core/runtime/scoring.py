@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from plexor.errors import RequestError
+from plexor.errors import ConfigError, RequestError
 from plexor.runtime.engine import Engine
 from plexor.runtime.packer import StepInput
 
@@ -34,14 +34,25 @@ class Score:
 def score_text(engine: Engine, text: str, window: int) -> Score:
     """Cut the text into windows of this many tokens and predict each token from those before it in its window.
 
-    RequestError for a text of fewer than two tokens.
+    RequestError for a text or windows of fewer than two tokens; ConfigError if the cache cannot hold a window.
     """
     token_ids = engine.prompts.tokenizer.encode(text, add_special_tokens=False)
     if len(token_ids) < 2:
         raise RequestError(f"the text has {len(token_ids)} tokens, but scoring needs at least 2: give a longer one")
+    limits = engine.core.limits
+    size = min(window, limits.max_length, len(token_ids))
+    if size < 2:
+        raise RequestError(
+            f"the window has {size} tokens, but scoring needs at least 2: raise it (--window, --max-length)"
+        )
+    if size > limits.num_blocks * limits.block_size:
+        raise ConfigError(
+            f"a window of {size} tokens does not fit the cache of {limits.num_blocks * limits.block_size}: lower "
+            "--window or raise --num-blocks"
+        )
     total, count = 0.0, 0
-    for piece in _windows(token_ids, min(window, engine.core.limits.max_length)):
-        logits = engine.core.logits(_as_step(piece, engine.core.limits.block_size))
+    for piece in _windows(token_ids, size):
+        logits = engine.core.logits(_as_step(piece, limits.block_size))
         wanted = torch.tensor(piece[1:], dtype=torch.int64, device=logits.device)
         total += float(torch.nn.functional.cross_entropy(logits, wanted, reduction="sum").double())
         count += len(wanted)
