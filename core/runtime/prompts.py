@@ -86,10 +86,10 @@ class PromptDesk:
     def ids(self, token_ids: Sequence[int], vocab_size: int) -> Prompt:
         """A prompt given in ids; RequestError for one that the model does not have."""
         for token_id in token_ids:
-            if not 0 <= token_id < vocab_size:
+            if type(token_id) is not int or not 0 <= token_id < vocab_size:
                 raise RequestError(
-                    f"the prompt holds token {token_id}, but the vocabulary has {vocab_size} tokens: use ids from 0 "
-                    f"to {vocab_size - 1}",
+                    f"the prompt holds token {token_id!r}, but the vocabulary has {vocab_size} tokens: use whole "
+                    f"numbers from 0 to {vocab_size - 1}",
                     field="prompt",
                 )
         return Prompt(tuple(token_ids))

@@ -239,6 +239,13 @@ def test_a_text_config_that_is_no_object_says_nothing_of_the_dtype(tiny: Path, t
         assert model.generate([5, 6, 7], GREEDY)[0].finish_reason == "length"
 
 
+@pytest.mark.parametrize("bad", [2.5, True, "x", None, -1, 301])
+def test_an_id_that_is_no_token_is_refused_and_the_engine_goes_on(shared: Engine, bad: object) -> None:
+    with pytest.raises(RequestError, match="the prompt holds token"):
+        shared.generate([[5, bad]], GREEDY)  # type: ignore[arg-type]
+    assert shared.generate([5, 6, 7], GREEDY)[0].finish_reason == "length"
+
+
 def test_a_context_beyond_the_model_is_refused(tiny: Path) -> None:
     with pytest.raises(ConfigError, match=r"4096.*128"):
         engine(tiny, max_length=4096)
