@@ -8,6 +8,12 @@ from dataclasses import dataclass, field
 
 from plexor.errors import ConfigError
 
+MAX_COUNT = 2**31 - 1
+"""Positions and blocks are 32-bit numbers in the tables that kernels read."""
+
+MAX_SEQUENCES = 2**20
+"""Each has a row in the sampler's tables from the start; no machine runs as many at once."""
+
 
 @dataclass(frozen=True, slots=True)
 class Environment:
@@ -69,11 +75,12 @@ class EngineConfig:
         _check_choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         _check_choice("device", self.device, ("auto", "cpu", "cuda"))
         _check_choice("steps_ahead", self.steps_ahead, (None, 0, 1))
-        for name in ("tensor_parallel", "block_size", "max_sequences", "max_step_tokens"):
-            _check_at_least_one(name, getattr(self, name))
+        _check_count("max_sequences", self.max_sequences, MAX_SEQUENCES)
+        for name in ("tensor_parallel", "block_size", "max_step_tokens"):
+            _check_count(name, getattr(self, name))
         for name in ("num_blocks", "max_length", "chunk"):
             if getattr(self, name) is not None:
-                _check_at_least_one(name, getattr(self, name))
+                _check_count(name, getattr(self, name))
         if not 0 < self.memory_fraction <= 1:
             raise ConfigError(f"memory_fraction is {self.memory_fraction}: set it above 0 and at most 1")
 
@@ -83,6 +90,6 @@ def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None
         raise ConfigError(f"{name} is {value!r}: choose one of {', '.join(str(choice) for choice in choices)}")
 
 
-def _check_at_least_one(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name} is {value!r}: set it to a whole number of at least 1")
+def _check_count(name: str, value: object, most: int = MAX_COUNT) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        raise ConfigError(f"{name} is {value!r}: set it to a whole number from 1 to {most}")

@@ -28,6 +28,7 @@ def run(arguments: argparse.Namespace, catalog: Catalog) -> int:
     text = _decode(arguments.text)
     precisions = _listed(arguments.precision, list(catalog.precisions))
     caches = _listed(arguments.kv, list(catalog.kv_formats))
+    _look_up(catalog, precisions, caches)
     rows = [_measure(arguments, catalog, text, precision, kv) for precision, kv in product(precisions, caches)]
     if arguments.json:
         print(json.dumps([asdict(row) for row in rows], indent=2))
@@ -66,6 +67,14 @@ def _measure(arguments: argparse.Namespace, catalog: Catalog, text: str, precisi
         print(f"{engine.folder.path.name} {precision} {kv}: perplexity {score.perplexity:.3f}", file=sys.stderr)
     name = engine.folder.path.name
     return Row(name, precision, kv, score.num_tokens, score.loss, score.perplexity, score.bits_per_byte)
+
+
+def _look_up(catalog: Catalog, precisions: list[str], caches: list[str]) -> None:
+    """A wrong name is said before anything is measured, so that no measured row is lost to it."""
+    for name in precisions:
+        catalog.precision(name)
+    for name in caches:
+        catalog.kv_format(name)
 
 
 def _decode(name: str) -> str:

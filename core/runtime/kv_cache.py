@@ -29,7 +29,15 @@ def allocate(model: Model, build: Build, num_blocks: int, block_size: int) -> tu
 
 def cpu_cache_bytes(num_ranks: int) -> int:
     """What the cache of one rank may take on a CPU, where memory is shared with everything else."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // CPU_SHARE // num_ranks
+    return _machine_bytes() // CPU_SHARE // num_ranks
+
+
+def unused_bytes(device: torch.device) -> int:
+    """What could still be allocated: all of a CPU's memory, since a cache there takes memory only as it fills."""
+    if device.type == "cpu":
+        return _machine_bytes()
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def block_bytes(model: Model, build: Build, block_size: int) -> int:
@@ -50,6 +58,19 @@ def fit_blocks(free_bytes: int, bytes_of_block: int, most: int) -> int:
             "weights: raise --memory-fraction, use --kv or --precision with fewer bits, or more GPUs"
         )
     return min(fitting, most)
+
+
+def check_blocks(num_blocks: int, bytes_of_block: int, unused: int) -> None:
+    """CapacityError if as many blocks as were asked for cannot fit."""
+    if num_blocks * bytes_of_block > unused:
+        raise CapacityError(
+            f"{num_blocks:,} cache blocks take {num_blocks * bytes_of_block:,} bytes, but {unused:,} are there: lower "
+            "--num-blocks or --block-size"
+        )
+
+
+def _machine_bytes() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _zeros(stored: Stored, device: torch.device) -> Tensor:

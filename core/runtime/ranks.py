@@ -24,7 +24,7 @@ from plexor.config import EngineConfig
 from plexor.errors import ConfigError, PlexorError
 from plexor.extension.catalog import Catalog
 from plexor.parallel.mesh import Mesh
-from plexor.runtime.kv_cache import allocate, block_bytes, cpu_cache_bytes, fit_blocks
+from plexor.runtime.kv_cache import allocate, block_bytes, check_blocks, cpu_cache_bytes, fit_blocks, unused_bytes
 from plexor.runtime.loading import BuiltModel, Placement, build_model, choose_device, choose_dtype, load_model
 from plexor.runtime.packer import StepInput
 from plexor.runtime.runner import Pending, Runner
@@ -91,10 +91,11 @@ def context_length(config: EngineConfig, built: BuiltModel) -> int:
 
 
 def _fitting_blocks(config: EngineConfig, built: BuiltModel, max_length: int) -> int:
+    each = block_bytes(built.model, built.build, config.block_size)
     if config.num_blocks is not None:
+        check_blocks(config.num_blocks, each, unused_bytes(built.build.device))
         return config.num_blocks
     most = config.max_sequences * -(-max_length // config.block_size)
-    each = block_bytes(built.model, built.build, config.block_size)
     return fit_blocks(_free_bytes(config, built), each, most)
 
 
@@ -103,11 +104,10 @@ def _free_bytes(config: EngineConfig, built: BuiltModel) -> int:
     device = built.build.device
     if device.type == "cpu":
         return cpu_cache_bytes(built.build.mesh.size)
-    free, total = torch.cuda.mem_get_info(device)
-    reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    total = torch.cuda.get_device_properties(device).total_memory
     keep_clear = int(total * (1 - config.memory_fraction))
     step = activation_bytes(built, config.max_step_tokens, config.max_sequences)
-    return free + reserved - keep_clear - step
+    return unused_bytes(device) - keep_clear - step
 
 
 def activation_bytes(built: BuiltModel, num_tokens: int, num_rows: int) -> int:
