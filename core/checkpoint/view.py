@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,15 +15,15 @@ from plexor.errors import CheckpointError
 WHOLE = slice(None)
 
 
-class TensorView:
+class TensorView(ABC):
     """A tensor that has not been read yet. `origin` names file and tensor for messages."""
 
     origin: str
     shape: tuple[int, ...]
 
+    @abstractmethod
     def read(self, *index: slice) -> Tensor:
         """The part of the tensor at these slices (stop and start set, step 1), on the CPU."""
-        raise NotImplementedError
 
     def read_as(self, dtype: torch.dtype, *index: slice) -> Tensor:
         """As `read`, in another floating dtype; CheckpointError if a value is beyond its range."""

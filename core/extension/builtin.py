@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 
 from plexor.extension.markers import hookimpl
 from plexor.extension.specs import CheckpointFormat, Facts, Kernel, KVFormat, Op, Precision, Tolerance
@@ -38,33 +39,9 @@ def kernels() -> Iterable[Kernel]:
     return (
         _triton("rms_norm"),
         _triton("silu_mul"),
-        Kernel(
-            op="kv_write",
-            provider="triton",
-            load="plexor.kernels.triton.kv_write:kv_write",
-            devices=_CUDA,
-            dtypes=_FLOATS,
-            kv_dtypes=_CACHES,
-            refuses=_refuses_narrow_cache,
-        ),
-        Kernel(
-            op="rotary_kv_write",
-            provider="triton",
-            load="plexor.kernels.triton.rotary_kv_write:rotary_kv_write",
-            devices=_CUDA,
-            dtypes=_FLOATS,
-            kv_dtypes=_CACHES,
-            refuses=_refuses_narrow_cache,
-        ),
-        Kernel(
-            op="paged_attention",
-            provider="triton",
-            load="plexor.kernels.triton.paged_attention:paged_attention",
-            devices=_CUDA,
-            dtypes=_FLOATS,
-            kv_dtypes=_CACHES,
-            refuses=_refuses_attention,
-        ),
+        _triton_on_cache("kv_write", _refuses_narrow_cache),
+        _triton_on_cache("rotary_kv_write", _refuses_narrow_cache),
+        _triton_on_cache("paged_attention", _refuses_attention),
         Kernel(
             op="paged_attention",
             provider="torch",
@@ -128,6 +105,11 @@ def _triton(op: str) -> Kernel:
     """A Triton kernel that touches no cache."""
     dtypes = frozenset({"float32"}) if op == "sample" else _FLOATS
     return Kernel(op=op, provider="triton", load=f"plexor.kernels.triton.{op}:{op}", devices=_CUDA, dtypes=dtypes)
+
+
+def _triton_on_cache(op: str, refuses: Callable[[Facts], str | None]) -> Kernel:
+    """A Triton kernel that reads or writes the cache, in any of the dtypes that it is stored in."""
+    return replace(_triton(op), kv_dtypes=_CACHES, refuses=refuses)
 
 
 def _refuses_narrow_cache(facts: Facts) -> str | None:

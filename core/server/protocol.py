@@ -7,6 +7,7 @@ to ignore them would give an answer that was not asked for.
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, Final, Literal, TypeVar
 
@@ -63,7 +64,7 @@ class ResponseFormat(_Body):
     type: str
 
 
-class CommonRequest(_Body):
+class CommonRequest(_Body, ABC):
     """The fields that both kinds of requests have; null means the default everywhere."""
 
     model: str
@@ -102,9 +103,9 @@ class CommonRequest(_Body):
         return value
 
     @property
+    @abstractmethod
     def num_logprobs(self) -> int | None:
         """As SamplingParams.logprobs."""
-        raise NotImplementedError
 
     @property
     def answer_limit(self) -> int | None:
