@@ -23,6 +23,7 @@ from plexor.checkpoint.loader import LoadReport, Progress
 from plexor.config import EngineConfig
 from plexor.errors import ConfigError, PlexorError
 from plexor.extension.catalog import Catalog
+from plexor.model.linear import LinearWeight
 from plexor.parallel.mesh import Mesh
 from plexor.runtime.kv_cache import allocate, block_bytes, check_blocks, cpu_cache_bytes, fit_blocks, unused_bytes
 from plexor.runtime.loading import BuiltModel, Placement, build_model, choose_device, choose_dtype, load_model
@@ -116,9 +117,8 @@ def activation_bytes(built: BuiltModel, num_tokens: int, num_rows: int) -> int:
     """
     widest = 0
     for module in built.module.modules():
-        shape = getattr(module, "shape", None)
-        if shape is not None:
-            widest = max(widest, 2 * shape.out_features + 2 * shape.in_features)
+        if isinstance(module, LinearWeight):
+            widest = max(widest, 2 * module.shape.out_features + 2 * module.shape.in_features)
     return num_tokens * widest * built.build.dtype.itemsize + 3 * 4 * num_rows * built.config.vocab_size
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from plexor import Engine, EngineConfig, SamplingParams
 from plexor.errors import CapacityError, ConfigError, PlexorError, RequestError
 from plexor.extension.catalog import Catalog
+from plexor.extension.specs import Observer
 from plexor.runtime.request import Output
 from plexor.runtime.stats import StepStats
 
@@ -249,6 +250,21 @@ def test_an_id_that_is_no_token_is_refused_and_the_engine_goes_on(shared: Engine
 def test_a_context_beyond_the_model_is_refused(tiny: Path) -> None:
     with pytest.raises(ConfigError, match=r"4096.*128"):
         engine(tiny, max_length=4096)
+
+
+def test_an_observer_that_a_plugin_brings_is_told(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Counter] = []
+
+    def build() -> Counter:
+        told.append(Counter())
+        return told[-1]
+
+    monkeypatch.setattr("plexor.testing.observer_of_a_test", build, raising=False)
+    spec = Observer(name="counter", build="plexor.testing:observer_of_a_test")
+    monkeypatch.setattr(Catalog, "observers", {"counter": spec})
+    with engine(tiny) as watched:
+        watched.generate([[3, 4], [5]], GREEDY)
+    assert [counter.num_finished for counter in told] == [2]
 
 
 class Counter:
