@@ -1,4 +1,4 @@
-"""Every provider of the core's ops agrees with the reference on a CUDA device: run with `pytest -m gpu tests/gpu plugins`."""
+"""Every provider of the core's ops agrees with its reference on a CUDA device: `pytest -m gpu tests/gpu plugins`."""
 
 from __future__ import annotations
 
