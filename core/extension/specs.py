@@ -104,14 +104,12 @@ class Precision:
     """A number format for weights and activations of linear layers and expert stacks.
 
     format: `() -> LinearFormat` (see plexor.model.format).
-    recognises: `(quantization_config: Mapping[str, Any]) -> bool` for checkpoints stored in it, None if there are none.
     needs: a sentence about what hardware it is for, shown by `plexor explain`; empty if it runs anywhere.
     """
 
     name: str
     format: Target
     summary: str
-    recognises: Target | None = None
     needs: str = ""
 
 
