@@ -30,6 +30,8 @@ def run(arguments: argparse.Namespace, catalog: Catalog) -> int:
         f"runs on {plan.device_name} in {plan.dtype}, precision {config.precision}, KV {config.kv}, "
         f"ranks {config.tensor_parallel}"
     )
+    precision = catalog.precision(config.precision)
+    print(f"{precision.name}: {precision.summary}{f'; {precision.needs}' if precision.needs else ''}")
     print(f"context {plan.max_length:,}, vocabulary {plan.vocab_size:,}\n")
     print_choices(plan.choices)
     print("\nmemory of one rank")

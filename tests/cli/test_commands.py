@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from plexor.cli import main
+from plexor.extension.catalog import Catalog
 
 SMALL = ["--device", "cpu", "--num-blocks", "16", "--max-tokens", "6", "--ignore-end"]
 
@@ -64,6 +65,14 @@ def test_explain_counts_before_loading(tiny: Path, capsys: pytest.CaptureFixture
         "not triton: ",
     ):
         assert said in out
+
+
+def test_explain_says_what_a_precision_is(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "explain", str(tiny), "--device", "cpu", "--num-blocks", "8", "--precision", "fp8")
+    spec = Catalog.load().precision("fp8")
+    assert code == 0
+    assert f"fp8: {spec.summary}" in out
+    assert spec.needs in out
 
 
 def test_eval_prints_a_row_for_each_format(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
