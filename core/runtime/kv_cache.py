@@ -29,13 +29,13 @@ def allocate(model: Model, build: Build, num_blocks: int, block_size: int) -> tu
 
 def cpu_cache_bytes(num_ranks: int) -> int:
     """What the cache of one rank may take on a CPU, where memory is shared with everything else."""
-    return _machine_bytes() // CPU_SHARE // num_ranks
+    return machine_bytes() // CPU_SHARE // num_ranks
 
 
 def unused_bytes(device: torch.device) -> int:
     """What could still be allocated: all of a CPU's memory, since a cache there takes memory only as it fills."""
     if device.type == "cpu":
-        return _machine_bytes()
+        return machine_bytes()
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
@@ -69,7 +69,8 @@ def check_blocks(num_blocks: int, bytes_of_block: int, unused: int) -> None:
         )
 
 
-def _machine_bytes() -> int:
+def machine_bytes() -> int:
+    """Memory of the machine, used or not."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 

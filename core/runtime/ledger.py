@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from plexor.checkpoint.folder import ModelFolder
 from plexor.config import EngineConfig
 from plexor.extension.catalog import Catalog
 from plexor.kernels.table import Choice
-from plexor.parallel.mesh import Mesh
-from plexor.runtime.kv_cache import block_bytes, cpu_cache_bytes
-from plexor.runtime.loading import BuiltModel, Placement, build_model, choose_device, choose_dtype
-from plexor.runtime.ranks import activation_bytes, context_length
+from plexor.runtime.kv_cache import block_bytes, cpu_cache_bytes, machine_bytes
+from plexor.runtime.loading import BuiltModel, plan_model
+from plexor.runtime.ranks import activation_bytes, context_length, most_blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +39,10 @@ class RunPlan:
 
 def make_plan(config: EngineConfig, catalog: Catalog, folder: ModelFolder) -> RunPlan:
     """Build the model from tensors that take no memory, and count."""
-    device = choose_device(config.device)
-    dtype = choose_dtype(config.dtype, folder.config)
     table = catalog.kernel_table(config.kernels)
-    placement = Placement(device, dtype, config.precision, config.kv, Mesh(0, config.tensor_parallel))
-    with FakeTensorMode():
-        built = build_model(folder, catalog, table, placement)
-        each = block_bytes(built.model, built.build, config.block_size)
+    built = plan_model(config, catalog, table, folder)
+    device = built.build.device
+    each = block_bytes(built.model, built.build, config.block_size)
     max_length = context_length(config, built)
     total = _device_bytes(device)
     usable = int(total * config.memory_fraction) if device.type == "cuda" else total
@@ -56,8 +50,7 @@ def make_plan(config: EngineConfig, catalog: Catalog, folder: ModelFolder) -> Ru
     step = activation_bytes(built, config.max_step_tokens, config.max_sequences)
     left = usable - weights - step
     budget = left if device.type == "cuda" else min(left, cpu_cache_bytes(config.tensor_parallel))
-    most = config.max_sequences * -(-max_length // config.block_size)
-    num_blocks = config.num_blocks or max(min(budget // each, most), 0)
+    num_blocks = config.num_blocks or max(min(budget // each, most_blocks(config, max_length)), 0)
     cached = num_blocks * config.block_size
     lines = (
         LedgerLine("weights", weights, f"precision {config.precision}"),
@@ -68,7 +61,7 @@ def make_plan(config: EngineConfig, catalog: Catalog, folder: ModelFolder) -> Ru
     )
     return RunPlan(
         _device_name(device),
-        str(dtype).removeprefix("torch."),
+        str(built.build.dtype).removeprefix("torch."),
         max_length,
         built.config.vocab_size,
         table.choices,
@@ -96,7 +89,7 @@ def _verdict(left: int, num_blocks: int, cached: int, max_length: int) -> str:
 def _device_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return machine_bytes()
 
 
 def _device_name(device: torch.device) -> str:

@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from plexor.checkpoint.folder import ModelFolder
 from plexor.checkpoint.loader import LoadReport, Progress, load_weights
 from plexor.checkpoint.source import TensorSource
+from plexor.config import EngineConfig
 from plexor.errors import CapacityError, CheckpointError, ConfigError
 from plexor.extension.catalog import Catalog
 from plexor.extension.specs import Architecture
@@ -37,7 +39,7 @@ class Placement:
 
 @dataclass(frozen=True, slots=True)
 class BuiltModel:
-    """A model whose tensors exist (on the device, or on "meta" for a plan) but may not be filled yet."""
+    """A model whose tensors have been made (without memory, for a plan) but may not be filled yet."""
 
     architecture: Architecture
     config: ModelConfig
@@ -48,6 +50,21 @@ class BuiltModel:
     def module(self) -> nn.Module:
         assert isinstance(self.model, nn.Module)
         return self.model
+
+
+def choose_placement(config: EngineConfig, folder: ModelFolder, mesh: Mesh) -> Placement:
+    """Where and how one rank builds its share: on the GPU of its number, or on the CPU."""
+    device = choose_device(config.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", mesh.rank)
+    return Placement(device, choose_dtype(config.dtype, folder.config), config.precision, config.kv, mesh)
+
+
+def plan_model(config: EngineConfig, catalog: Catalog, table: KernelTable, folder: ModelFolder) -> BuiltModel:
+    """Rank 0's model, of tensors that take no memory: its shapes and kernels are those of a run."""
+    placement = choose_placement(config, folder, Mesh(0, config.tensor_parallel))
+    with FakeTensorMode():
+        return build_model(folder, catalog, table, placement)
 
 
 def build_model(folder: ModelFolder, catalog: Catalog, table: KernelTable, placement: Placement) -> BuiltModel:

@@ -16,7 +16,6 @@ from pathlib import Path
 import msgspec
 import torch
 import torch.distributed as dist
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from plexor.checkpoint.folder import ModelFolder, open_folder
 from plexor.checkpoint.loader import LoadReport, Progress
@@ -26,7 +25,7 @@ from plexor.extension.catalog import Catalog
 from plexor.model.linear import LinearWeight
 from plexor.parallel.mesh import Mesh
 from plexor.runtime.kv_cache import allocate, block_bytes, check_blocks, cpu_cache_bytes, fit_blocks, unused_bytes
-from plexor.runtime.loading import BuiltModel, Placement, build_model, choose_device, choose_dtype, load_model
+from plexor.runtime.loading import BuiltModel, choose_device, choose_placement, load_model, plan_model
 from plexor.runtime.packer import StepInput
 from plexor.runtime.runner import Pending, Runner
 
@@ -70,11 +69,9 @@ def make_rank(
 
     agree: from the number of blocks that fit on this rank to the number that all ranks use.
     """
-    device = choose_device(config.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", mesh.rank)
-        torch.cuda.set_device(device)
-    placement = Placement(device, choose_dtype(config.dtype, folder.config), config.precision, config.kv, mesh)
+    placement = choose_placement(config, folder, mesh)
+    if placement.device.type == "cuda":
+        torch.cuda.set_device(placement.device)
     built, report = load_model(folder, catalog, catalog.kernel_table(config.kernels), placement, progress)
     max_length = context_length(config, built)
     num_blocks = agree(_fitting_blocks(config, built, max_length))
@@ -96,8 +93,12 @@ def _fitting_blocks(config: EngineConfig, built: BuiltModel, max_length: int) ->
     if config.num_blocks is not None:
         check_blocks(config.num_blocks, each, unused_bytes(built.build.device))
         return config.num_blocks
-    most = config.max_sequences * -(-max_length // config.block_size)
-    return fit_blocks(_free_bytes(config, built), each, most)
+    return fit_blocks(_free_bytes(config, built), each, most_blocks(config, max_length))
+
+
+def most_blocks(config: EngineConfig, max_length: int) -> int:
+    """What as many requests as may run at once can fill, each of the full context."""
+    return config.max_sequences * -(-max_length // config.block_size)
 
 
 def _free_bytes(config: EngineConfig, built: BuiltModel) -> int:
@@ -231,11 +232,7 @@ def _join(store: str, rank: int, size: int, device_type: str) -> None:
 
 def _try_out(config: EngineConfig, catalog: Catalog, folder: ModelFolder) -> None:
     """Build this rank's model without memory: what cannot be shared out is refused before any process starts."""
-    mesh = Mesh(0, config.tensor_parallel)
-    device, dtype = choose_device(config.device), choose_dtype(config.dtype, folder.config)
-    with FakeTensorMode():
-        placement = Placement(device, dtype, config.precision, config.kv, mesh)
-        context_length(config, build_model(folder, catalog, catalog.kernel_table(config.kernels), placement))
+    context_length(config, plan_model(config, catalog, catalog.kernel_table(config.kernels), folder))
 
 
 def _died(rank: int) -> PlexorError:
