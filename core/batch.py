@@ -33,10 +33,25 @@ class Batch:
     media: tuple[MediaRows, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Prefill:
+    """What the host knows of a sequence's piece: num_rows rows from first_row, kv_length entries once they are written.
+
+    sequence: its place in the step, the row of the block table.
+    """
+
+    sequence: int
+    first_row: int
+    num_rows: int
+    kv_length: int
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Pages:
     """Where the sequences of one step lie in the paged cache: what attention needs besides queries and the cache.
 
+    num_decodes: the first so many sequences have one row each. prefills: the sequences after those, for providers that
+    launch something for each. A maker that leaves both out promises nothing about any sequence.
     memo: what a provider derives from the rest once, for all layers of the step; each uses keys of its own.
     """
 
@@ -44,6 +59,8 @@ class Pages:
     kv_length: Tensor  # [S] int32: entries of sequence s after this step's have been written
     block_table: Tensor  # [S, B] int32: blocks of each sequence in order
     max_query: int  # longest piece in the batch
+    num_decodes: int = 0
+    prefills: tuple[Prefill, ...] = ()
     memo: dict[object, Any] = field(default_factory=dict, compare=False)
 
 
@@ -53,5 +70,5 @@ class ForwardContext:
 
     pages: Pages
     slots: Tensor  # [T] int64: where each token's entry goes (block * block_size + offset), -1 for padding
-    logit_rows: Tensor  # [R] int64: rows whose next token is wanted
+    logit_rows: Tensor | None  # [R] int64: rows whose next token is wanted; None for every row
     kv: tuple[LayerCache, ...]  # one for each layer that attends

@@ -47,7 +47,9 @@ class EngineConfig:
     device: "auto" takes a GPU where there is one. tensor_parallel: ranks that share each layer.
     num_blocks: blocks of the paged cache, None for as many as memory allows. memory_fraction: share of the device's
     memory that weights, cache and activations may take together. max_length: context, None for the model's own.
-    max_sequences: requests that run at once. max_step_tokens: token budget of a step; chunk: longest prefill piece.
+    max_sequences: requests that run at once. max_step_tokens: token budget of a step, None for 8192 on a GPU and 2048
+    on a CPU; chunk: longest prefill piece. weights: "random" draws them on the device instead of reading a checkpoint,
+    for benchmarks. decode_graphs: replay decode steps as captured CUDA graphs; without them each kernel is launched.
     steps_ahead: 1 launches a step before the last one has been read, 0 does not; None is 1 on a GPU and 0 on a CPU.
     seed: from which the seeds of requests without one are drawn. kernels: op to provider, over the table's choice.
     """
@@ -63,22 +65,30 @@ class EngineConfig:
     memory_fraction: float = 0.9
     max_length: int | None = None
     max_sequences: int = 256
-    max_step_tokens: int = 2048
+    max_step_tokens: int | None = None
     chunk: int | None = None
     prefix_caching: bool = True
     steps_ahead: int | None = None
+    decode_graphs: bool = True
+    weights: str = "checkpoint"
     seed: int | None = None
     kernels: Mapping[str, str] = field(default_factory=dict)
     strict_plugins: bool = False
 
+    def step_tokens(self, device_type: str) -> int:
+        """The token budget of a step, at least one for each sequence that may run."""
+        budget = self.max_step_tokens or (8192 if device_type == "cuda" else 2048)
+        return max(budget, self.max_sequences)
+
     def __post_init__(self) -> None:
         _check_choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         _check_choice("device", self.device, ("auto", "cpu", "cuda"))
+        _check_choice("weights", self.weights, ("checkpoint", "random"))
         _check_choice("steps_ahead", self.steps_ahead, (None, 0, 1))
         _check_count("max_sequences", self.max_sequences, MAX_SEQUENCES)
-        for name in ("tensor_parallel", "block_size", "max_step_tokens"):
+        for name in ("tensor_parallel", "block_size"):
             _check_count(name, getattr(self, name))
-        for name in ("num_blocks", "max_length", "chunk"):
+        for name in ("max_step_tokens", "num_blocks", "max_length", "chunk"):
             if getattr(self, name) is not None:
                 _check_count(name, getattr(self, name))
         if not 0 < self.memory_fraction <= 1:

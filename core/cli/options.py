@@ -25,7 +25,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tp", type=int, default=1, metavar="N", help="tensor parallel: ranks that share each layer")
     group.add_argument("--max-length", type=_count, metavar="N", help="context, prompt and answer together")
     group.add_argument("--max-sequences", type=_count, default=256, metavar="N", help="requests that run at once")
-    group.add_argument("--max-step-tokens", type=_count, default=2048, metavar="N", help="token budget of one step")
+    group.add_argument(
+        "--max-step-tokens", type=_count, metavar="N", help="token budget of a step (default: 8192 on a GPU, else 2048)"
+    )
     group.add_argument("--num-blocks", type=_count, metavar="N", help="cache blocks (default: what memory allows)")
     group.add_argument("--block-size", type=_count, default=16, metavar="N", help="tokens in a cache block")
     group.add_argument(

@@ -57,7 +57,7 @@ class EngineCore:
                 block_size=config.block_size,
                 num_blocks=rank.num_blocks,
                 max_sequences=config.max_sequences,
-                max_step_tokens=max(config.max_step_tokens, config.max_sequences),
+                max_step_tokens=config.step_tokens(self.device.type),
                 max_length=rank.max_length,
                 prefix_caching=config.prefix_caching,
                 chunk=config.chunk,

@@ -47,7 +47,7 @@ def make_plan(config: EngineConfig, catalog: Catalog, folder: ModelFolder) -> Ru
     total = _device_bytes(device)
     usable = int(total * config.memory_fraction) if device.type == "cuda" else total
     weights = weight_bytes(built)
-    step = activation_bytes(built, config.max_step_tokens, config.max_sequences)
+    step = activation_bytes(built, config.step_tokens(built.build.device.type), config.max_sequences)
     left = usable - weights - step
     budget = left if device.type == "cuda" else min(left, cpu_cache_bytes(config.tensor_parallel))
     num_blocks = config.num_blocks or max(min(budget // each, most_blocks(config, max_length)), 0)
@@ -55,7 +55,7 @@ def make_plan(config: EngineConfig, catalog: Catalog, folder: ModelFolder) -> Ru
     lines = (
         LedgerLine("weights", weights, f"precision {config.precision}"),
         LedgerLine("KV blocks", num_blocks * each, f"{num_blocks:,} of {config.block_size} tokens: {cached:,} tokens"),
-        LedgerLine("activations", step, f"a step of {config.max_step_tokens:,} tokens, an estimate"),
+        LedgerLine("activations", step, f"a step of {config.step_tokens(device.type):,} tokens, an estimate"),
         LedgerLine("graphs", 0, "steps run without captured graphs"),
         LedgerLine("left", usable - weights - step - num_blocks * each, f"of {usable:,} bytes usable"),
     )

@@ -108,7 +108,7 @@ def _free_bytes(config: EngineConfig, built: BuiltModel) -> int:
         return cpu_cache_bytes(built.build.mesh.size)
     total = torch.cuda.get_device_properties(device).total_memory
     keep_clear = int(total * (1 - config.memory_fraction))
-    step = activation_bytes(built, config.max_step_tokens, config.max_sequences)
+    step = activation_bytes(built, config.step_tokens(built.build.device.type), config.max_sequences)
     return unused_bytes(device) - keep_clear - step
 
 
