@@ -48,7 +48,10 @@ class RotaryTables(nn.Module):
 
 
 class Attention(nn.Module):
-    """[T, H] -> [T, H] with the heads shared out between the ranks; kv_index is this layer's place in ctx.kv."""
+    """[T, H] -> [T, H] with the heads shared out between the ranks; kv_index is this layer's place in ctx.kv.
+
+    With rows [R], keys and values of all rows are stored, but only these rows' output is computed: [R, H].
+    """
 
     def __init__(
         self, build: Build, config: AttentionConfig, kv_index: int, tables: RotaryTables | None = None
@@ -80,7 +83,7 @@ class Attention(nn.Module):
         """The cache that this layer needs on this rank."""
         return KVShape(num_blocks, block_size, self.num_kv_heads, self._config.head_size)
 
-    def forward(self, x: Tensor, positions: Tensor, ctx: ForwardContext) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, ctx: ForwardContext, rows: Tensor | None = None) -> Tensor:
         size = self._config.head_size
         q, k, v = self.qkv(x).unflatten(-1, (-1, size)).split((self.num_heads, self.num_kv_heads, self.num_kv_heads), 1)
         if self.q_norm is not None and self.k_norm is not None:
@@ -92,5 +95,5 @@ class Attention(nn.Module):
             tables = self._tables[0]
             q = self._write(q, k, v, tables.cos, tables.sin, positions, ctx.slots, cache)
         attended: Tensor = self._attend(q, cache, ctx.pages, self._config.scale, self._config.window)
-        y: Tensor = self.out(attended.flatten(1))
+        y: Tensor = self.out((attended if rows is None else attended[rows]).flatten(1))
         return y

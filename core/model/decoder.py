@@ -41,11 +41,11 @@ class Model(Protocol):
     """What the runtime calls. `MediaModel` in plexor.model.media adds encoding."""
 
     def forward(self, batch: Batch, ctx: ForwardContext) -> Tensor:
-        """The last layer's output, normalised, [T, H]."""
+        """The last layer's output, normalised, of the rows ctx.logit_rows (None: of every row), [R, H]."""
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The last layer's output [R, H] -> [R, V] float32, on every rank."""
+        """What `forward` gave [R, H] -> [R, V] in the model's dtype, on every rank; whoever computes widens them."""
         ...
 
     def kv_shapes(self, num_blocks: int, block_size: int) -> tuple[KVShape, ...]:
@@ -87,7 +87,7 @@ class Slots:
 
 
 class DecoderLayer(nn.Module):
-    """One layer, [T, H] -> [T, H]."""
+    """One layer, [T, H] -> [T, H]; with rows [R], what follows attention is computed for these alone: [R, H]."""
 
     def __init__(
         self, attention: Attention, feed_forward: nn.Module, norms: Sequence[nn.Module], residual: Residual
@@ -99,23 +99,28 @@ class DecoderLayer(nn.Module):
         steps = {"sequential": self._sequential, "parallel": self._parallel, "norm_after": self._norm_after}
         self._step = steps[residual]
 
-    def forward(self, x: Tensor, positions: Tensor, ctx: ForwardContext) -> Tensor:
-        return self._step(x, positions, ctx)
+    def forward(self, x: Tensor, positions: Tensor, ctx: ForwardContext, rows: Tensor | None = None) -> Tensor:
+        return self._step(x, positions, ctx, rows)
 
-    def _sequential(self, x: Tensor, positions: Tensor, ctx: ForwardContext) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), positions, ctx)
+    def _sequential(self, x: Tensor, positions: Tensor, ctx: ForwardContext, rows: Tensor | None) -> Tensor:
+        x = _chosen(x, rows) + self.attention(self.attention_norm(x), positions, ctx, rows)
         y: Tensor = x + self.feed_forward(self.feed_forward_norm(x))
         return y
 
-    def _parallel(self, x: Tensor, positions: Tensor, ctx: ForwardContext) -> Tensor:
-        attended = self.attention(self.attention_norm(x), positions, ctx)
+    def _parallel(self, x: Tensor, positions: Tensor, ctx: ForwardContext, rows: Tensor | None) -> Tensor:
+        attended = self.attention(self.attention_norm(x), positions, ctx, rows)
+        x = _chosen(x, rows)
         y: Tensor = x + attended + self.feed_forward(self.feed_forward_norm(x))
         return y
 
-    def _norm_after(self, x: Tensor, positions: Tensor, ctx: ForwardContext) -> Tensor:
-        x = self.attention_norm(x + self.attention(x, positions, ctx))
+    def _norm_after(self, x: Tensor, positions: Tensor, ctx: ForwardContext, rows: Tensor | None) -> Tensor:
+        x = self.attention_norm(_chosen(x, rows) + self.attention(x, positions, ctx, rows))
         y: Tensor = self.feed_forward_norm(x + self.feed_forward(x))
         return y
+
+
+def _chosen(x: Tensor, rows: Tensor | None) -> Tensor:
+    return x if rows is None else x[rows]
 
 
 class Decoder(nn.Module):
@@ -142,8 +147,10 @@ class Decoder(nn.Module):
 
     def forward(self, batch: Batch, ctx: ForwardContext) -> Tensor:
         x = self.embed(batch)
-        for layer in self.layers:
-            x = layer(x, batch.positions, ctx)
+        last = len(self.layers) - 1
+        for index, layer in enumerate(self.layers):
+            # Nothing reads the last layer's output but the head, so its other rows end with their keys and values.
+            x = layer(x, batch.positions, ctx, ctx.logit_rows if index == last else None)
         normed: Tensor = self.norm(x)
         return normed
 

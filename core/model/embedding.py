@@ -46,9 +46,9 @@ class VocabEmbedding(nn.Module):
         return self._mesh.all_reduce(rows)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Rows [R, H] times the table, [R, V] float32 on every rank."""
+        """Rows [R, H] times the table, [R, V] in the model's dtype, on every rank."""
         local: Tensor = self._product(hidden, self.weight)
-        return self._mesh.all_gather(local)[:, : self.vocab_size].float()
+        return self._mesh.all_gather(local)[:, : self.vocab_size]
 
 
 class PositionEmbedding(nn.Module):

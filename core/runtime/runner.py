@@ -62,10 +62,9 @@ class Runner:
 
     @torch.inference_mode()
     def logits(self, step: StepInput) -> Tensor:
-        """The forward of a step: [R, V] float32."""
+        """The forward of a step: [R, V] in the model's dtype."""
         ctx = self._context(step)
-        hidden = self._model.forward(self._batch(step), ctx)
-        return self._model.logits(hidden[ctx.logit_rows])
+        return self._model.logits(self._model.forward(self._batch(step), ctx))
 
     def _batch(self, step: StepInput) -> Batch:
         token_ids = self._integers(step.token_ids)

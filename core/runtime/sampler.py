@@ -85,7 +85,8 @@ class Sampler:
             self._history[slot] = _History(new, self._vocab_size, self._device)
 
     def draw(self, logits: Tensor, slots: Sequence[int], steps: Sequence[int]) -> Drawn:
-        """logits [R, V] float32, slots and steps (index of the drawn token in its answer) of each row."""
+        """logits [R, V], slots and steps (index of the drawn token in its answer) of each row."""
+        logits = logits.float()
         adjusted = self._adjust(logits, slots, steps)
         index = torch.tensor(slots, dtype=torch.int64, device=self._device)
         ids: Tensor = self._sample(

@@ -54,7 +54,7 @@ def score_text(engine: Engine, text: str, window: int) -> Score:
     for piece in _windows(token_ids, size):
         logits = engine.core.logits(_as_step(piece, limits.block_size))
         wanted = torch.tensor(piece[1:], dtype=torch.int64, device=logits.device)
-        total += float(torch.nn.functional.cross_entropy(logits, wanted, reduction="sum").double())
+        total += float(torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="sum").double())
         count += len(wanted)
     return Score(count, len(text.encode()), total / count)
 

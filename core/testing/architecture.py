@@ -211,7 +211,7 @@ def _step(
     )
     batch = Batch(torch.tensor(token_ids, device=device), torch.tensor(positions, device=device))
     with torch.inference_mode():
-        logits = built.model.logits(built.model.forward(batch, ctx)[ctx.logit_rows])
+        logits = built.model.logits(built.model.forward(batch, ctx))
     return torch.split(logits.cpu(), lengths)
 
 

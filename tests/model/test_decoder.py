@@ -28,7 +28,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def context(caches: tuple[dict[str, Tensor], ...]) -> ForwardContext:
+def context(caches: tuple[dict[str, Tensor], ...], logit_rows: Tensor | None = None) -> ForwardContext:
     """One sequence of LENGTH tokens in block 1."""
     pages = Pages(
         query_start=torch.tensor([0, LENGTH], dtype=torch.int32),
@@ -36,7 +36,7 @@ def context(caches: tuple[dict[str, Tensor], ...]) -> ForwardContext:
         block_table=torch.tensor([[1]], dtype=torch.int32),
         max_query=LENGTH,
     )
-    return ForwardContext(pages, torch.arange(8, 8 + LENGTH), torch.tensor([LENGTH - 1]), caches)
+    return ForwardContext(pages, torch.arange(8, 8 + LENGTH), logit_rows, caches)
 
 
 def cache_for(build: Build, shape: KVShape) -> dict[str, Tensor]:
@@ -113,6 +113,26 @@ def test_attention_sums_over_the_ranks(
     shards = [attended(make(rank, size)) for rank in range(size)]
     torch.testing.assert_close(sum(shards, torch.zeros(())), whole, rtol=1e-4, atol=1e-4)
     assert float(whole.std()) > 0.1
+
+
+@pytest.mark.parametrize("residual", ["sequential", "parallel", "norm_after"])
+@pytest.mark.parametrize("rows", [[], [4], [3, 0]])
+def test_only_rows_with_logits_leave_the_last_layer(make: Make, residual: Residual, rows: list[int]) -> None:
+    build = make()
+    model = decoder(build, residual=residual)
+    batch = Batch(torch.tensor([1, 2, 3, 4, 5]), torch.arange(LENGTH))
+
+    def forwarded(chosen: Tensor | None) -> tuple[Tensor, tuple[dict[str, Tensor], ...]]:
+        caches = tuple(cache_for(build, shape) for shape in model.kv_shapes(2, 8))
+        return model.forward(batch, context(caches, chosen)), caches
+
+    chosen = torch.tensor(rows, dtype=torch.int64)
+    every, caches = forwarded(None)
+    some, same_caches = forwarded(chosen)
+    assert every.shape == (LENGTH, HIDDEN)
+    torch.testing.assert_close(some, every[chosen])
+    for cache, same_cache in zip(caches, same_caches, strict=True):
+        torch.testing.assert_close(cache, same_cache)
 
 
 def decoder(build: Build, **changes: object) -> Decoder:
