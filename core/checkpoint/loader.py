@@ -57,7 +57,7 @@ def load_weights(
     """
     inner = model.weight_rules() if isinstance(model, BringsRules) else ()
     book = RuleBook((*rules, *inner))
-    targets = _targets(model)
+    targets = find_targets(model)
     names = source.names()
     matches = {name: book.match(name) for name in names}
     plan = {name: tuple(_placements(matches[name], source, name)) for name in names}
@@ -85,22 +85,27 @@ class _Placement:
 
 
 @dataclass(frozen=True, slots=True)
-class _Target:
+class Target:
     """A module of the model and the pieces that a checkpoint must bring for it."""
 
     module: Loadable
     pieces: frozenset[Piece]
 
+    @property
+    def ordered(self) -> list[Piece]:
+        """The pieces in an order that is the same in every process."""
+        return sorted(self.pieces)
 
-def _targets(model: nn.Module) -> dict[str, _Target]:
+
+def find_targets(model: nn.Module) -> dict[str, Target]:
     """Every module that holds weights, by its dotted name."""
-    found: dict[str, _Target] = {}
+    found: dict[str, Target] = {}
     for name, module in model.named_modules():
         if isinstance(module, Loadable):
-            found[name] = _Target(module, frozenset(module.pieces()))
+            found[name] = Target(module, frozenset(module.pieces()))
         elif next(module.parameters(recurse=False), None) is not None:
             plain = _Plain(module)
-            found[name] = _Target(plain, frozenset(plain.pieces()))
+            found[name] = Target(plain, frozenset(plain.pieces()))
     return found
 
 
@@ -144,7 +149,7 @@ def _placements(matches: Iterable[Match], source: TensorSource, name: str) -> It
 
 def _check(
     book: RuleBook,
-    targets: Mapping[str, _Target],
+    targets: Mapping[str, Target],
     matches: Mapping[str, tuple[Match, ...]],
     plan: Mapping[str, tuple[_Placement, ...]],
 ) -> None:

@@ -23,7 +23,7 @@ class TensorView(ABC):
 
     @abstractmethod
     def read(self, *index: slice) -> Tensor:
-        """The part of the tensor at these slices (stop and start set, step 1), on the CPU."""
+        """The part of the tensor at these slices (stop and start set, step 1), on whichever device the view has it."""
 
     def read_as(self, dtype: torch.dtype, *index: slice) -> Tensor:
         """As `read`, in another floating dtype; CheckpointError if a value is beyond its range."""

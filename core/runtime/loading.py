@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from plexor.checkpoint.folder import ModelFolder
 from plexor.checkpoint.loader import LoadReport, Progress, load_weights
+from plexor.checkpoint.random import draw_weights
 from plexor.checkpoint.source import TensorSource
 from plexor.config import EngineConfig
 from plexor.errors import CapacityError, CheckpointError, ConfigError
@@ -100,6 +101,14 @@ def load_model(
     with closing(open_source(folder.path, catalog)) as source:
         report = load_weights(built.module, rules, source, progress)
     return built, report
+
+
+def draw_model(
+    folder: ModelFolder, catalog: Catalog, table: KernelTable, placement: Placement
+) -> tuple[BuiltModel, LoadReport]:
+    """Build the model and fill it with random weights; the folder needs none."""
+    built = build_model(folder, catalog, table, placement)
+    return built, draw_weights(built.module, placement.dtype, placement.device, seed=0)
 
 
 def open_source(path: Path, catalog: Catalog) -> TensorSource:

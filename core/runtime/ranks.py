@@ -25,7 +25,7 @@ from plexor.extension.catalog import Catalog
 from plexor.model.linear import LinearWeight
 from plexor.parallel.mesh import Mesh
 from plexor.runtime.kv_cache import allocate, block_bytes, check_blocks, cpu_cache_bytes, fit_blocks, unused_bytes
-from plexor.runtime.loading import BuiltModel, choose_device, choose_placement, load_model, plan_model
+from plexor.runtime.loading import BuiltModel, choose_device, choose_placement, draw_model, load_model, plan_model
 from plexor.runtime.packer import StepInput
 from plexor.runtime.runner import Pending, Runner
 
@@ -72,7 +72,11 @@ def make_rank(
     placement = choose_placement(config, folder, mesh)
     if placement.device.type == "cuda":
         torch.cuda.set_device(placement.device)
-    built, report = load_model(folder, catalog, catalog.kernel_table(config.kernels), placement, progress)
+    table = catalog.kernel_table(config.kernels)
+    if config.weights == "random":
+        built, report = draw_model(folder, catalog, table, placement)
+    else:
+        built, report = load_model(folder, catalog, table, placement, progress)
     max_length = context_length(config, built)
     num_blocks = agree(_fitting_blocks(config, built, max_length))
     cache = allocate(built.model, built.build, num_blocks, config.block_size)
