@@ -60,6 +60,7 @@ class Attention(nn.Module):
         size, mesh = config.head_size, build.mesh
         self.num_heads = len(mesh.share(config.num_heads, "attention heads"))
         self.num_kv_heads = len(mesh.share_or_replicate(config.num_kv_heads, "key-value heads"))
+        self.window = config.window
         self._config = config
         self._kv_index = kv_index
         # A tuple hides the tables from the module tree: they belong to the stack, not to this layer.
@@ -94,6 +95,6 @@ class Attention(nn.Module):
         else:
             tables = self._tables[0]
             q = self._write(q, k, v, tables.cos, tables.sin, positions, ctx.slots, cache)
-        attended: Tensor = self._attend(q, cache, ctx.pages, self._config.scale, self._config.window)
+        attended: Tensor = self._attend(q, cache, ctx.pages, self._config.scale, self.window)
         y: Tensor = self.out((attended if rows is None else attended[rows]).flatten(1))
         return y

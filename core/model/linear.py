@@ -148,12 +148,21 @@ class GroupedLinear(LinearWeight):
     """An expert stack: rows sorted by group, each times its own group's weight, [M, in] -> [M, out].
 
     A stack cut along "in" returns this rank's partial sum: its user adds the ranks up once, after combining.
+    rows_per_token: groups that each token visits, M / T; what a step costs is counted with it.
     """
 
     def __init__(
-        self, build: Build, in_features: int, parts: Sequence[Part], *, groups: int, cut: Cut = "none"
+        self,
+        build: Build,
+        in_features: int,
+        parts: Sequence[Part],
+        *,
+        groups: int,
+        rows_per_token: int = 1,
+        cut: Cut = "none",
     ) -> None:
         super().__init__(build, in_features, parts, cut=cut, bias=False, groups=groups, format=build.format)
+        self.rows_per_token = rows_per_token
         self._multiply = build.format.bind_grouped(build.table, self.shape, build.dtype, build.device)
 
     def forward(self, x: Tensor, group_end: Tensor) -> Tensor:

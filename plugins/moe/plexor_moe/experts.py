@@ -71,11 +71,15 @@ class ExpertStack(nn.Module):
 
     def __init__(self, build: Build, config: ExpertsConfig) -> None:
         super().__init__()
-        groups = config.router.num_experts
+        groups, top_k = config.router.num_experts, config.router.top_k
         half = Part(config.intermediate_size, what="expert features")
         output = Part(config.hidden_size)
-        self.gate_up = GroupedLinear(build, config.hidden_size, (half, half), groups=groups, cut="out")
-        self.down = GroupedLinear(build, config.intermediate_size, (output,), groups=groups, cut="in")
+        self.gate_up = GroupedLinear(
+            build, config.hidden_size, (half, half), groups=groups, rows_per_token=top_k, cut="out"
+        )
+        self.down = GroupedLinear(
+            build, config.intermediate_size, (output,), groups=groups, rows_per_token=top_k, cut="in"
+        )
         self._activate = gated_activation(build, config.activation, self.down.shape.in_features)
 
     def forward(self, x: Tensor, group_end: Tensor) -> Tensor:
