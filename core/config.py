@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from plexor.errors import ConfigError
 
@@ -35,6 +36,12 @@ class Environment:
             raise ConfigError(f"PLEXOR_DEBUG is {debug!r}: set it to 1 for tracebacks, or to 0")
         names = None if listed is None else frozenset(name.strip() for name in listed.split(",") if name.strip())
         return cls(plugins=names, debug=debug == "1")
+
+
+def cache_folder(variables: Mapping[str, str] = os.environ) -> Path:
+    """Where Plexor keeps what it can make again: compiled kernels, measured choices."""
+    base = variables.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "plexor"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
