@@ -1,8 +1,16 @@
-"""The loader: streams a checkpoint's tensors through the rules into a model, one at a time, and accounts for each."""
+"""The loader: streams a checkpoint's tensors through the rules into a model, and accounts for each.
+
+On a CPU they come one at a time. For a GPU several threads read ahead of the bus, each a tensor of its own: it reads it
+onto the device, has it checked and converted there, and puts it in its place.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -11,6 +19,7 @@ from torch import Tensor, nn
 
 from plexor.checkpoint.mapping import Ignore, Match, Rule, RuleBook, WeightRule
 from plexor.checkpoint.source import TensorSource
+from plexor.checkpoint.staging import StagedSource
 from plexor.checkpoint.view import GroupView, SourceView, TensorView
 from plexor.errors import CheckpointError
 
@@ -19,6 +28,10 @@ Piece = tuple[int, int, str]
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all) after each tensor."""
+
+CPU = torch.device("cpu")
+MAX_UNDER_WAY = 2 << 30
+"""Bytes of tensors that may be on the device in the checkpoint's form at once; one larger than that comes alone."""
 
 
 @runtime_checkable
@@ -50,11 +63,21 @@ class LoadReport:
 
 
 def load_weights(
-    model: nn.Module, rules: Iterable[WeightRule], source: TensorSource, progress: Progress | None = None
+    model: nn.Module,
+    rules: Iterable[WeightRule],
+    source: TensorSource,
+    progress: Progress | None = None,
+    *,
+    device: torch.device = CPU,
+    readers: int = 1,
 ) -> LoadReport:
     """Fill the model. CheckpointError for tensors that are missing, unused, of the wrong shape or type, or that fill
     one place twice; all of them are found by name and shape before the first is read, except wrong shapes.
+
+    device: the model's. readers: threads that read at once, onto the device; one reads here, into the CPU's memory.
     """
+    if readers > 1:
+        source = StagedSource(source, device, readers)
     inner = model.weight_rules() if isinstance(model, BringsRules) else ()
     book = RuleBook((*rules, *inner))
     targets = find_targets(model)
@@ -65,12 +88,12 @@ def load_weights(
     ignored = sum(any(isinstance(match.rule, Ignore) for match in found) for found in matches.values())
     total = sum(source.info(name).num_bytes for name in names)
     done = 0
-    for name in names:
-        for placement in plan[name]:
-            targets[placement.target].module.load_piece(placement.piece, placement.view)
-        done += source.info(name).num_bytes
-        if progress is not None:
-            progress(done, total)
+    filled = _fill_here(plan, targets) if readers == 1 else _fill_in_threads(plan, targets, device, readers)
+    with closing(filled):
+        for name in filled:
+            done += source.info(name).num_bytes
+            if progress is not None:
+                progress(done, total)
     dtypes = {str(source.info(name).dtype).removeprefix("torch.") for name in names if plan[name]}
     return LoadReport(len(names) - ignored, ignored, total, tuple(sorted(dtypes)))
 
@@ -82,6 +105,7 @@ class _Placement:
     target: str
     piece: Piece
     view: TensorView
+    num_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,14 +168,74 @@ def _placements(matches: Iterable[Match], source: TensorSource, name: str) -> It
             view: TensorView = GroupView(base, group) if match.rule.stacked else base
             for step in match.rule.steps:
                 view = step.apply(view)
-            yield _Placement(match.target, (match.rule.part, group, match.tensor), view)
+            num_bytes = math.prod(view.shape) * dtype.itemsize
+            yield _Placement(match.target, (match.rule.part, group, match.tensor), view, num_bytes)
+
+
+_Plan = Mapping[str, tuple[_Placement, ...]]
+"""Every tensor of the checkpoint, in the order of the disk, and the places that it fills."""
+
+
+def _fill_here(plan: _Plan, targets: Mapping[str, Target]) -> Generator[str]:
+    """Fill the places one after the other; yields each tensor's name once it has been used."""
+    for name, placements in plan.items():
+        for placement in placements:
+            targets[placement.target].module.load_piece(placement.piece, placement.view)
+        yield name
+
+
+def _fill_in_threads(plan: _Plan, targets: Mapping[str, Target], device: torch.device, readers: int) -> Generator[str]:
+    """Fill several places at a time; yields as `_fill_here` does, and raises what that would raise first."""
+    room = _Room(MAX_UNDER_WAY)
+
+    def fill(placement: _Placement) -> None:
+        with room.taken(placement.num_bytes):
+            targets[placement.target].module.load_piece(placement.piece, placement.view)
+
+    with ThreadPoolExecutor(readers, "plexor-reader", _work_on, (device,)) as pool:
+        under_way = {name: [pool.submit(fill, placement) for placement in plan[name]] for name in plan}
+        try:
+            for name, futures in under_way.items():
+                for future in futures:
+                    future.result()
+                yield name
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _work_on(device: torch.device) -> None:
+    """Kernels that a number format launches go to a thread's current GPU, which is the first unless set."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+class _Room:
+    """Lets in what fits, in the order of arrival; what is larger than all of it comes in alone."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._used = 0
+        self._turn = threading.Lock()
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def taken(self, size: int) -> Iterator[None]:
+        with self._turn, self._changed:
+            self._changed.wait_for(lambda: not self._used or self._used + size <= self._size)
+            self._used += size
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._used -= size
+                self._changed.notify()
 
 
 def _check(
     book: RuleBook,
     targets: Mapping[str, Target],
     matches: Mapping[str, tuple[Match, ...]],
-    plan: Mapping[str, tuple[_Placement, ...]],
+    plan: _Plan,
 ) -> None:
     """CheckpointError unless every piece of the model is filled exactly once and every tensor is read or ignored."""
     filled: dict[tuple[str, Piece], str] = {}

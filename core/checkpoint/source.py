@@ -31,7 +31,8 @@ INDEX_FILE: Final = "model.safetensors.index.json"
 _MAX_HEADER_BYTES: Final = 100_000_000
 _MAX_SIZE: Final = 2**63 - 1
 _PICKLES: Final = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
-_FINITE_CHUNK: Final = 1 << 22
+_FINITE_CHUNK: Final = 1 << 22  # stays in a CPU's cache
+_FINITE_CHUNK_ON_DEVICE: Final = 1 << 28  # few launches, and little memory where numbers are widened
 _DAMAGED: Final = "the file is damaged, download it again."
 _DTYPES: Final[Mapping[str, torch.dtype]] = MappingProxyType(
     {
@@ -70,7 +71,10 @@ class TensorInfo:
 
 
 class TensorSource(Protocol):
-    """Named tensors that are read one at a time; what a CheckpointFormat's `open` target returns."""
+    """Named tensors that are read one at a time; what a CheckpointFormat's `open` target returns.
+
+    Several threads may read at once.
+    """
 
     def names(self) -> tuple[str, ...]:
         """Every tensor in the order in which it lies on disk, so that reading in this order streams."""
@@ -81,10 +85,14 @@ class TensorSource(Protocol):
         ...
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> Tensor:
-        """A contiguous CPU tensor of its own memory that holds `whole[index]`; only those bytes are read.
+        """A contiguous tensor of its own memory that holds `whole[index]`; only those bytes are read.
 
         index: one slice for each leading axis, without steps; axes that are not named are read whole.
         """
+        ...
+
+    def read_into(self, target: memoryview, name: str, index: tuple[slice, ...] = (), start: int = 0) -> None:
+        """Fills `target` with bytes of what `read` gives, row by row, from byte `start` of it on."""
         ...
 
     def close(self) -> None:
@@ -136,18 +144,21 @@ class SafetensorsSource:
         return self._place(name).info
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> Tensor:
+        info = self.info(name)
+        whole = torch.empty(cut_shape(info.shape, index), dtype=info.dtype)
+        self.read_into(whole.reshape(-1).view(torch.uint8).numpy().data, name, index)
+        return whole
+
+    def read_into(self, target: memoryview, name: str, index: tuple[slice, ...] = (), start: int = 0) -> None:
         place = self._place(name)
-        info = place.info
-        spans = _spans(info.shape, index)
-        shape = tuple(stop - start for start, stop in spans)
-        content = torch.empty(math.prod(shape) * info.dtype.itemsize, dtype=torch.uint8)
-        target = content.numpy().data
         filled = 0
-        for offset, size in _runs(info.shape, spans, info.dtype.itemsize):
-            self._fill(target[filled : filled + size], place, offset)
-            filled += size
-        assert filled == content.numel()
-        return content.view(info.dtype).view(shape)
+        for offset, size in _runs(place.info.shape, _spans(place.info.shape, index), place.info.dtype.itemsize, start):
+            if filled == len(target):
+                break
+            part = target[filled : filled + size]
+            self._fill(part, place, offset)
+            filled += len(part)
+        assert filled == len(target), f"{len(target)} bytes asked from byte {start} of a part that ends before"
 
     def _fill(self, target: memoryview, place: _Place, offset: int) -> None:
         """Reads bytes that start `offset` bytes into a tensor; one call of the system may deliver fewer than asked."""
@@ -196,12 +207,18 @@ def open_source(folder: Path) -> SafetensorsSource:
     return SafetensorsSource(folder)
 
 
+def cut_shape(shape: tuple[int, ...], index: tuple[slice, ...]) -> tuple[int, ...]:
+    """The shape of what an index, as `TensorSource.read` takes it, selects of a tensor."""
+    return tuple(stop - start for start, stop in _spans(shape, index))
+
+
 def check_finite(tensor: Tensor, info: TensorInfo) -> None:
     """Raises CheckpointError naming file and tensor if what was read of it holds NaN or an infinity."""
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return
     values = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    pieces = torch.split(values.reshape(-1), _FINITE_CHUNK)
+    chunk = _FINITE_CHUNK if values.device.type == "cpu" else _FINITE_CHUNK_ON_DEVICE
+    pieces = torch.split(values.reshape(-1), chunk)
     if all(_is_finite(_widen(piece)) for piece in pieces):
         return
     num_bad = sum(int((~torch.isfinite(_widen(piece))).sum()) for piece in pieces)
@@ -442,8 +459,8 @@ def _spans(shape: tuple[int, ...], index: tuple[slice, ...]) -> list[tuple[int, 
     return spans
 
 
-def _runs(shape: tuple[int, ...], spans: list[tuple[int, int]], itemsize: int) -> Iterator[tuple[int, int]]:
-    """(offset, size) in bytes of each unbroken stretch of the selection, in row-major order.
+def _runs(shape: tuple[int, ...], spans: list[tuple[int, int]], itemsize: int, skip: int) -> Iterator[tuple[int, int]]:
+    """(offset, size) in bytes of each unbroken stretch of the selection, in row-major order, without its first bytes.
 
     Axes behind the last one that is cut are whole, so the stretch covers them:
 
@@ -455,12 +472,15 @@ def _runs(shape: tuple[int, ...], spans: list[tuple[int, int]], itemsize: int) -
     cut = max((axis for axis, (start, stop) in enumerate(spans) if stop - start != shape[axis]), default=0)
     strides = [math.prod(shape[axis + 1 :]) * itemsize for axis in range(len(shape))]
     if not shape:
-        yield 0, itemsize
+        yield skip, itemsize - skip
         return
     start, stop = spans[cut]
     size = (stop - start) * strides[cut]
     if size == 0:
         return
-    for rows in itertools.product(*(range(first, last) for first, last in spans[:cut])):
+    whole, skip = divmod(skip, size)
+    rows_before_cut = itertools.product(*(range(first, last) for first, last in spans[:cut]))
+    for rows in itertools.islice(rows_before_cut, whole, None):
         offset = sum(row * stride for row, stride in zip(rows, strides, strict=False))
-        yield offset + start * strides[cut], size
+        yield offset + start * strides[cut] + skip, size - skip
+        skip = 0

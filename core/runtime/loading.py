@@ -26,6 +26,9 @@ from plexor.model.decoder import Model, ModelConfig
 from plexor.model.format import LinearFormat
 from plexor.parallel.mesh import Mesh
 
+READERS = 8
+"""Threads that read a checkpoint for a GPU: one alone cannot copy what the system has cached as fast as a bus takes it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Placement:
@@ -98,8 +101,9 @@ def load_model(
     """Build the model and stream this rank's share of the weights into it."""
     built = build_model(folder, catalog, table, placement)
     rules = resolve(built.architecture.weights)(built.config)
+    readers = 1 if placement.device.type == "cpu" else READERS
     with closing(open_source(folder.path, catalog)) as source:
-        report = load_weights(built.module, rules, source, progress)
+        report = load_weights(built.module, rules, source, progress, device=placement.device, readers=readers)
     return built, report
 
 

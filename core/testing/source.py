@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from plexor.checkpoint.source import TensorInfo
@@ -30,6 +31,10 @@ class MemorySource:
         assert len(index) <= self._tensors[name].dim(), f"{len(index)} slices for {name}"
         self.reads.append((name, index))
         return self._tensors[name][index].clone()
+
+    def read_into(self, target: memoryview, name: str, index: tuple[slice, ...] = (), start: int = 0) -> None:
+        content = self.read(name, index).reshape(-1).view(torch.uint8).numpy().data
+        target[:] = content[start : start + len(target)]
 
     def close(self) -> None:
         pass

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from plexor.checkpoint.loader import load_weights
+from plexor.checkpoint.loader import _Room, load_weights
 from plexor.checkpoint.mapping import Ignore, Rule, WeightRule
 from plexor.checkpoint.view import Transpose
 from plexor.errors import CheckpointError
@@ -60,16 +63,24 @@ def tensors() -> dict[str, Tensor]:
 
 
 def refused(build: Build, tensors: dict[str, Tensor], rules: tuple[WeightRule, ...] = RULES) -> str:
-    with pytest.raises(CheckpointError) as caught:
-        load_weights(Small(build), rules, MemorySource(tensors))
-    return str(caught.value)
+    """What is said, which does not depend on how many threads read."""
+    said = set()
+    for readers in (1, 3):
+        with pytest.raises(CheckpointError) as caught:
+            load_weights(Small(build), rules, MemorySource(tensors), readers=readers)
+        said.add(str(caught.value))
+    assert len(said) == 1
+    return said.pop()
 
 
-def test_everything_lands_in_its_place(build: Build, tensors: dict[str, Tensor]) -> None:
+@pytest.mark.parametrize("readers", [1, 2, 5])
+def test_everything_lands_in_its_place(build: Build, tensors: dict[str, Tensor], readers: int) -> None:
     small = Small(build)
     told: list[tuple[int, int]] = []
     tensors["cache.7"] = torch.zeros(3)
-    report = load_weights(small, RULES, MemorySource(tensors), lambda done, total: told.append((done, total)))
+    report = load_weights(
+        small, RULES, MemorySource(tensors), lambda done, total: told.append((done, total)), readers=readers
+    )
     assert torch.equal(small.norm.weight, tensors["norm.weight"])
     assert torch.equal(small.qkv.stored["weight"], torch.cat((tensors["q.weight"], tensors["k.weight"])))
     assert small.qkv.bias is not None
@@ -136,6 +147,56 @@ def test_too_many_groups_in_a_stack_are_refused(build: Build, tensors: dict[str,
 def test_nan_is_refused_with_the_tensors_name(build: Build, tensors: dict[str, Tensor]) -> None:
     tensors["experts.2.up.weight"][1, 1] = float("nan")
     assert "experts.2.up.weight" in refused(build, tensors)
+
+
+def test_of_several_bad_tensors_the_first_on_disk_is_named(build: Build, tensors: dict[str, Tensor]) -> None:
+    tensors["k.weight"][0, 0] = tensors["experts.0.up.weight"][1, 1] = float("inf")
+    assert "k.weight" in refused(build, tensors)
+
+
+def test_no_tensor_is_read_after_one_was_refused(build: Build, tensors: dict[str, Tensor]) -> None:
+    tensors["norm.weight"][0] = float("nan")
+    source = MemorySource(tensors)
+    with pytest.raises(CheckpointError, match="norm"):
+        load_weights(Small(build), RULES, source)
+    assert [name for name, _ in source.reads] == ["norm.weight"]
+
+
+def test_threads_end_when_progress_fails(build: Build, tensors: dict[str, Tensor]) -> None:
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    before = threading.active_count()
+    with pytest.raises(KeyboardInterrupt):
+        load_weights(Small(build), RULES, MemorySource(tensors), stop, readers=3)
+    assert threading.active_count() == before
+
+
+def test_room_lets_in_what_fits_and_the_largest_alone() -> None:
+    room, counting, inside = _Room(10), threading.Lock(), [0]
+
+    def stay(size: int) -> None:
+        with room.taken(size):
+            with counting:
+                inside[0] += size
+                assert inside[0] <= 10 or inside == [size]
+            with counting:
+                inside[0] -= size
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(stay, (3, 4, 25, 3, 10, 2, 2, 2, 2, 2, 9, 1) * 20))
+    assert inside == [0]
+
+
+def test_room_is_shared() -> None:
+    room, all_inside = _Room(10), threading.Barrier(5, timeout=20)
+
+    def meet(size: int) -> None:
+        with room.taken(size):
+            all_inside.wait()
+
+    with ThreadPoolExecutor(5) as pool:
+        list(pool.map(meet, [2] * 5))
 
 
 def test_integers_are_not_taken_for_weights(build: Build, tensors: dict[str, Tensor]) -> None:
