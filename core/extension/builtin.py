@@ -31,6 +31,7 @@ def ops() -> Iterable[Op]:
         _op("linear", _SUMMED),
         _op("grouped_linear", _SUMMED),
         _op("sample", {"float32": _EXACT}),
+        _op("advance", {"float32": _EXACT}),
     )
 
 
@@ -60,6 +61,7 @@ def kernels() -> Iterable[Kernel]:
         ),
         _triton("grouped_linear"),
         _triton("sample"),
+        _triton("advance"),
         Kernel(
             op="sample",
             provider="torch",

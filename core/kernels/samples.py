@@ -277,6 +277,32 @@ def sampling_sample(make: Maker, name: str, logits: Tensor, rows: Sequence[tuple
     return Sample(name, args, shape=(("vocab_size", logits.shape[1]),))
 
 
+def advance(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
+    make = Maker(device, dtype, 9)
+    for name, slots, lengths, width, block_size in (
+        ("no rows", [], [4, 0], 3, 16),
+        ("one row", [1], [9, 31, 2], 2, 16),
+        ("the first token of a block", [2, 0], [15, 3, 16], 2, 16),
+        ("the last token of a block", [0, 1], [15, 47], 3, 16),
+        ("padding", [3, 0, 1, -1, -1], [7, 100, 2, 35], 8, 16),
+        ("only padding", [-1, -1, -1], [7, 1], 1, 16),
+        ("blocks of one", [2, 1, 0], [0, 3, 6], 7, 1),
+        ("odd blocks", [0, 3, -1, 2], [14, 0, 20, 41], 7, 7),
+        ("more blocks than a tile", [1, 0, -1], [0, 9001, 70000], 9100, 1),
+    ):
+        num_slots = len(lengths)
+        args = (
+            make.integers(slots, torch.int64),
+            make.integers(make.permutation(num_slots), torch.int64) + 2**33,
+            make.integers([min(length, width * block_size - 1) for length in lengths], torch.int32),
+            make.integers(make.permutation(num_slots), torch.int64),
+            make.integers(make.permutation(num_slots * width), torch.int32).view(num_slots, width),
+            make.integers(make.permutation((len(slots) + 2) * width), torch.int32).view(-1, width),
+            block_size,
+        )
+        yield Sample(name, args, written=(2, 3, 5))
+
+
 def storages(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
     """Cache dtypes for activations of a dtype, its own first."""
     others = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn)
