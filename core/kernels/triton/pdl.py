@@ -1,0 +1,33 @@
+"""Programmatic dependent launch: a kernel starts while the one before it on the stream still drains.
+
+A kernel launched so (`launch_pdl=True`) calls `launch_next` as soon as the next one may start, and `wait` before it
+reads what an earlier kernel wrote or writes what an earlier one may still read. Every program waits, those that have
+nothing to do too, so that "the one before is complete" also holds for all before that. Triton's interpreter knows
+neither instruction: PDL is then False.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def wait(PDL: tl.constexpr):
+    """Go on when every earlier kernel is complete and what it wrote can be seen."""
+    if PDL:
+        gdc_wait()
+
+
+@triton.jit
+def launch_next(PDL: tl.constexpr):
+    """Let the next kernel start when all programs of this one have come here or ended."""
+    if PDL:
+        gdc_launch_dependents()
+
+
+def overlaps(device: torch.device) -> bool:
+    """Whether kernels on the device can be launched so."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
