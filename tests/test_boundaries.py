@@ -22,6 +22,7 @@ LAYERS = {
     "testing": 9,
     "api": 8,
     "server": 7,
+    "benchmark": 7,
     "runtime": 6,
     "model": 5,
     "checkpoint": 4,

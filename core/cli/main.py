@@ -22,6 +22,7 @@ COMMANDS = {
     "caption": "describe a picture",
     "serve": "answer over HTTP, as the OpenAI API does",
     "eval": "measure perplexity on a text, in several precisions",
+    "bench": "measure speed and memory beside the limits of the device",
     "explain": "say how a model would be run and what memory it takes, without loading it",
     "kernels": "list the operations and which kernel wins here",
     "plugins": "list the plugins, what they offer, and why one does not work",

@@ -23,13 +23,13 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: the checkpoint's)")
     group.add_argument("--device", default="auto", help="auto, cpu or cuda")
     group.add_argument("--tp", type=int, default=1, metavar="N", help="tensor parallel: ranks that share each layer")
-    group.add_argument("--max-length", type=_count, metavar="N", help="context, prompt and answer together")
-    group.add_argument("--max-sequences", type=_count, default=256, metavar="N", help="requests that run at once")
+    group.add_argument("--max-length", type=count, metavar="N", help="context, prompt and answer together")
+    group.add_argument("--max-sequences", type=count, default=256, metavar="N", help="requests that run at once")
     group.add_argument(
-        "--max-step-tokens", type=_count, metavar="N", help="token budget of a step (default: 8192 on a GPU, else 2048)"
+        "--max-step-tokens", type=count, metavar="N", help="token budget of a step (default: 8192 on a GPU, else 2048)"
     )
-    group.add_argument("--num-blocks", type=_count, metavar="N", help="cache blocks (default: what memory allows)")
-    group.add_argument("--block-size", type=_count, default=16, metavar="N", help="tokens in a cache block")
+    group.add_argument("--num-blocks", type=count, metavar="N", help="cache blocks (default: what memory allows)")
+    group.add_argument("--block-size", type=count, default=16, metavar="N", help="tokens in a cache block")
     group.add_argument(
         "--memory-fraction", type=float, default=0.9, metavar="F", help="share of the GPU's memory to use"
     )
@@ -74,7 +74,7 @@ def kernel_overrides(given: list[str]) -> Mapping[str, str]:
 def add_sampling_options(parser: argparse.ArgumentParser, max_tokens: int) -> None:
     """How tokens are drawn; what is not given follows the checkpoint's generation_config.json, else greedy."""
     group = parser.add_argument_group("sampling")
-    group.add_argument("--max-tokens", type=_count, default=max_tokens, metavar="N", help=f"default: {max_tokens}")
+    group.add_argument("--max-tokens", type=count, default=max_tokens, metavar="N", help=f"default: {max_tokens}")
     group.add_argument("--temperature", type=float, metavar="T", help="0 takes the likeliest token")
     group.add_argument("--top-k", type=int, metavar="K")
     group.add_argument("--top-p", type=float, metavar="P")
@@ -107,14 +107,15 @@ def sampling_params(arguments: argparse.Namespace, advice: Mapping[str, float]) 
     )
 
 
-def human_bytes(count: float) -> str:
+def human_bytes(num_bytes: float) -> str:
     """In the largest binary unit that leaves at least one whole."""
     units = ("B", "KiB", "MiB", "GiB", "TiB")
-    power = min(int(math.log(count, 1024)), len(units) - 1) if count >= 1 else 0
-    return f"{count / 1024**power:.{0 if power == 0 else 2}f} {units[power]}"
+    power = min(int(math.log(num_bytes, 1024)), len(units) - 1) if num_bytes >= 1 else 0
+    return f"{num_bytes / 1024**power:.{0 if power == 0 else 2}f} {units[power]}"
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
+    """An option's whole number from 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} must be at least 1")
