@@ -123,12 +123,24 @@ def rotated_sample(
     """A call of rotary_kv_write with tables of 32 positions; where: features that turn, positions, slots."""
     q, k, v = parts
     turning, positions, slots = where
+    cache = filled_cache(make, 3, k.shape[1], k.shape[2], storage)
+    args = (
+        q,
+        k,
+        v,
+        *rotation_tables(make, turning),
+        make.integers(positions, torch.int64),
+        make.integers(slots, torch.int64),
+        cache,
+    )
+    return Sample(name, args, written=(7,), shape=cache_shape(k, q.shape[1]), kv_dtype=name_of(storage))
+
+
+def rotation_tables(make: Maker, turning: int) -> tuple[Tensor, Tensor]:
+    """cos and sin [32, turning / 2]."""
     frequency = 10000.0 ** (-torch.arange(0, turning, 2) / turning)
     angle = torch.arange(32).unsqueeze(1) * frequency
-    tables = (angle.cos().to(make.device), angle.sin().to(make.device))
-    cache = filled_cache(make, 3, k.shape[1], k.shape[2], storage)
-    args = (q, k, v, *tables, make.integers(positions, torch.int64), make.integers(slots, torch.int64), cache)
-    return Sample(name, args, written=(7,), shape=cache_shape(k, q.shape[1]), kv_dtype=name_of(storage))
+    return angle.cos().to(make.device), angle.sin().to(make.device)
 
 
 def paged_attention(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
@@ -208,6 +220,97 @@ def linear(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
         args = (make.normal(rows, inputs), make.normal(outputs, inputs, scale=inputs**-0.5))
         sizes = (("in_features", inputs), ("out_features", outputs))
         yield Sample(f"{rows} rows, {inputs} to {outputs}", args, shape=sizes)
+
+
+def norm_linear(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
+    make = Maker(device, dtype, 11)
+    for name, x, outputs in normed_inputs(make):
+        for with_bias in (False, True):
+            stored, bias, sizes = drawn_layer(make, x.shape[1], outputs, with_bias)
+            args = (x, make.normal(x.shape[1]), 1e-5, stored, bias)
+            yield Sample(f"{name} to {outputs}{', bias' if with_bias else ''}", args, shape=sizes)
+
+
+def norm_gated_linear(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
+    make = Maker(device, dtype, 12)
+    for name, x, outputs in normed_inputs(make):
+        for with_bias in (False, True):
+            stored, bias, sizes = drawn_layer(make, x.shape[1], 2 * outputs, with_bias)
+            args = (x, make.normal(x.shape[1]), 1e-5, stored, bias)
+            yield Sample(f"{name} to {outputs}{', bias' if with_bias else ''}", args, shape=sizes)
+
+
+def linear_add(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
+    make = Maker(device, dtype, 13)
+    for name, x, outputs in normed_inputs(make):
+        for with_bias in (False, True):
+            stored, bias, sizes = drawn_layer(make, x.shape[1], outputs, with_bias)
+            args = (x, stored, make.normal(x.shape[0], outputs), bias)
+            yield Sample(f"{name} to {outputs}{', bias' if with_bias else ''}", args, shape=sizes)
+    stored, _, sizes = drawn_layer(make, 64, 24, False)
+    yield Sample(
+        "residual in a wider tensor", (make.normal(3, 64), stored, make.normal(3, 50)[:, 8:32], None), shape=sizes
+    )
+
+
+def normed_inputs(make: Maker) -> Iterable[tuple[str, Tensor, int]]:
+    """(name, x, output features): rows around those at which providers change their way."""
+    for rows, inputs, outputs in (
+        (0, 16, 8),
+        (1, 64, 48),
+        (1, 2080, 5),
+        (2, 33, 7),
+        (3, 128, 16),
+        (4, 96, 2),
+        (5, 64, 3),
+        (9, 256, 32),
+        (16, 72, 40),
+        (17, 128, 32),
+    ):
+        yield f"{rows} rows of {inputs}", make.normal(rows, inputs), outputs
+    yield "2 rows of a wider tensor", make.normal(2, 100)[:, 10:74], 12
+    yield "one row of zeros", make.normal(2, 48) * make.floats([0, 1])[:, None].to(make.dtype), 6
+
+
+def drawn_layer(
+    make: Maker, inputs: int, outputs: int, with_bias: bool
+) -> tuple[dict[str, Tensor], Tensor | None, tuple[tuple[str, int], ...]]:
+    """A dense linear layer: what is stored, its bias, and the sizes a model states."""
+    stored = {"weight": make.normal(outputs, inputs, scale=inputs**-0.5)}
+    sizes = (("in_features", inputs), ("out_features", outputs))
+    return (stored, make.normal(outputs), (*sizes, ("bias", 1))) if with_bias else (stored, None, sizes)
+
+
+def norm_rotary_linear(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
+    make = Maker(device, dtype, 14)
+    for storage in storages(dtype):
+        for name, slots, inputs, heads, kv_heads, size, turning, with_bias in (
+            ("no tokens", [], 16, 4, 2, 16, 16, False),
+            ("one token", [17], 64, 1, 1, 64, 64, False),
+            ("only padding", [-1], 32, 2, 1, 16, 16, False),
+            ("two tokens, three query heads to a KV head", [20, 3], 72, 6, 2, 24, 24, True),
+            ("three tokens, one is padding", [20, -1, 0], 33, 2, 2, 10, 10, False),
+            ("partial rotary", [1, 40], 48, 4, 4, 80, 32, True),
+            ("four tokens", [44, 45, 2, 9], 128, 8, 2, 128, 128, False),
+            ("five tokens", [5, 4, 3, 2, 1], 64, 4, 1, 32, 32, False),
+            ("sixteen tokens", [*range(8, 23), -1], 96, 3, 1, 16, 16, True),
+            ("seventeen tokens", list(range(30, 47)), 64, 2, 2, 32, 32, False),
+        ):
+            outputs = (heads + 2 * kv_heads) * size
+            stored, bias, sizes = drawn_layer(make, inputs, outputs, with_bias)
+            cos, sin = rotation_tables(make, turning)
+            positions = make.integers([(7 * token + 3) % 32 for token in range(len(slots))], torch.int64)
+            cache = filled_cache(make, 3, kv_heads, size, storage)
+            x, gain = make.normal(len(slots), inputs), make.normal(inputs)
+            where = (cos, sin, positions, make.integers(slots, torch.int64), cache)
+            heads_sizes = (("num_heads", heads), ("num_kv_heads", kv_heads), ("head_size", size))
+            yield Sample(
+                f"{name}, {name_of(storage)}",
+                (x, gain, 1e-5, stored, *where, bias),
+                written=(8,),
+                shape=(*sizes, *heads_sizes, ("rotary_size", turning)),
+                kv_dtype=name_of(storage),
+            )
 
 
 def grouped_linear(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:

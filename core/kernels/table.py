@@ -91,6 +91,12 @@ class KernelTable:
         kernel = next(kernel for kernel in self._kernels[op] if kernel.provider == choice.winner)
         return bound(kernel)
 
+    def find(self, op: str, facts: Facts) -> Callable[..., Any] | None:
+        """As bind, but None where only the reference is left: for an op whose work the caller can also do in steps of
+        other ops, which may have better kernels here than the reference is.
+        """
+        return None if self.explain(op, facts).winner == REFERENCE else self.bind(op, facts)
+
     def reference(self, op: str) -> Callable[..., Any]:
         """The op's definition in plain torch."""
         function: Callable[..., Any] = resolve(self._op(op).reference)

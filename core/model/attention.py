@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -74,19 +75,59 @@ class Attention(nn.Module):
         if config.qk_norm_eps is not None:
             self.q_norm = RMSNorm(build, size, config.qk_norm_eps)
             self.k_norm = RMSNorm(build, size, config.qk_norm_eps)
-        kv_dtype = build.kv_storage(self.kv_shape(0, 1))[0].dtype
-        sizes = {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads, "head_size": size}
+        self._kv_dtype = build.kv_storage(self.kv_shape(0, 1))[0].dtype
+        self._sizes = {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads, "head_size": size}
         formats = build.kv_format
-        self._write = build.bind(formats.write if tables is None else formats.rotary_write, kv_dtype, **sizes)
-        self._attend = build.bind(formats.attend, kv_dtype, **sizes)
+        self._write = build.bind(
+            formats.write if tables is None else formats.rotary_write, self._kv_dtype, **self._sizes
+        )
+        self._attend = build.bind(formats.attend, self._kv_dtype, **self._sizes)
 
     def kv_shape(self, num_blocks: int, block_size: int) -> KVShape:
         """The cache that this layer needs on this rank."""
         return KVShape(num_blocks, block_size, self.num_kv_heads, self._config.head_size)
 
     def forward(self, x: Tensor, positions: Tensor, ctx: ForwardContext, rows: Tensor | None = None) -> Tensor:
+        y: Tensor = self.out(self._attended(self._queries(self.qkv(x), positions, ctx), ctx, rows))
+        return y
+
+    def as_residual(
+        self, build: Build, norm: nn.Module
+    ) -> Callable[[Tensor, Tensor, ForwardContext, Tensor | None], Tensor]:
+        """The function (x, positions, ctx, rows) -> x + self(norm(x), positions, ctx, rows), of these rows of x."""
+        queries, add = self._queries_after(build, norm), self.out.onto(build)
+
+        def attend(x: Tensor, positions: Tensor, ctx: ForwardContext, rows: Tensor | None) -> Tensor:
+            return add(self._attended(queries(x, positions, ctx), ctx, rows), x if rows is None else x[rows])
+
+        return attend
+
+    def _queries_after(self, build: Build, norm: nn.Module) -> Callable[[Tensor, Tensor, ForwardContext], Tensor]:
+        """The function (x, positions, ctx) -> what `_queries` makes of the projected norm(x)."""
+        plain = self.q_norm is None and build.kv_format.rotary_write == "rotary_kv_write"
+        if plain and self._tables is not None and isinstance(norm, RMSNorm):
+            rotary_size = 2 * self._tables[0].cos.shape[1]
+            product = self.qkv.fused(build, "norm_rotary", self._kv_dtype, rotary_size=rotary_size, **self._sizes)
+            if product is not None:
+                return self._fused_queries(product, norm, self._tables[0])
+        project = self.qkv.after(build, norm)
+        return lambda x, positions, ctx: self._queries(project(x), positions, ctx)
+
+    def _fused_queries(
+        self, product: Callable[..., Tensor], norm: RMSNorm, tables: RotaryTables
+    ) -> Callable[[Tensor, Tensor, ForwardContext], Tensor]:
+        qkv = self.qkv
+
+        def project(x: Tensor, positions: Tensor, ctx: ForwardContext) -> Tensor:
+            turn = (tables.cos, tables.sin, positions, ctx.slots, ctx.kv[self._kv_index])
+            return product(x, norm.weight, norm.eps, qkv.stored, *turn, qkv.bias)
+
+        return project
+
+    def _queries(self, projected: Tensor, positions: Tensor, ctx: ForwardContext) -> Tensor:
+        """Queries [T, N, D], normed and rotated as the layer asks; the keys and values beside them are stored."""
         size = self._config.head_size
-        q, k, v = self.qkv(x).unflatten(-1, (-1, size)).split((self.num_heads, self.num_kv_heads, self.num_kv_heads), 1)
+        q, k, v = projected.unflatten(-1, (-1, size)).split((self.num_heads, self.num_kv_heads, self.num_kv_heads), 1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         cache = ctx.kv[self._kv_index]
@@ -95,6 +136,11 @@ class Attention(nn.Module):
         else:
             tables = self._tables[0]
             q = self._write(q, k, v, tables.cos, tables.sin, positions, ctx.slots, cache)
+        queries: Tensor = q
+        return queries
+
+    def _attended(self, q: Tensor, ctx: ForwardContext, rows: Tensor | None) -> Tensor:
+        """What the queries find in the cache, [T, N * D], or of these rows alone."""
+        cache = ctx.kv[self._kv_index]
         attended: Tensor = self._attend(q, cache, ctx.pages, self._config.scale, self.window)
-        y: Tensor = self.out((attended if rows is None else attended[rows]).flatten(1))
-        return y
+        return (attended if rows is None else attended[rows]).flatten(1)

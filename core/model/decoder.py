@@ -19,10 +19,13 @@ from plexor.batch import Batch, ForwardContext
 from plexor.model.attention import Attention, AttentionConfig, RotaryTables
 from plexor.model.build import Build
 from plexor.model.embedding import PositionEmbedding, VocabEmbedding
+from plexor.model.feed_forward import ResidualFeedForward
 from plexor.model.format import KVShape
 from plexor.model.linear import Linear, Part
 
 Residual = Literal["sequential", "parallel", "norm_after"]
+Step = Callable[[Tensor, Tensor, ForwardContext, Tensor | None], Tensor]
+"""(x [T, H], positions [T], ctx, rows) -> what a layer makes of them, as in DecoderLayer."""
 
 
 class ModelConfig(Protocol):
@@ -90,22 +93,32 @@ class DecoderLayer(nn.Module):
     """One layer, [T, H] -> [T, H]; with rows [R], what follows attention is computed for these alone: [R, H]."""
 
     def __init__(
-        self, attention: Attention, feed_forward: nn.Module, norms: Sequence[nn.Module], residual: Residual
+        self,
+        build: Build,
+        attention: Attention,
+        feed_forward: nn.Module,
+        norms: Sequence[nn.Module],
+        residual: Residual,
     ) -> None:
         super().__init__()
         self.attention = attention
         self.feed_forward = feed_forward
         self.attention_norm, self.feed_forward_norm = norms
-        steps = {"sequential": self._sequential, "parallel": self._parallel, "norm_after": self._norm_after}
-        self._step = steps[residual]
+        steps = {"parallel": self._parallel, "norm_after": self._norm_after}
+        self._step = self._sequential(build) if residual == "sequential" else steps[residual]
 
     def forward(self, x: Tensor, positions: Tensor, ctx: ForwardContext, rows: Tensor | None = None) -> Tensor:
         return self._step(x, positions, ctx, rows)
 
-    def _sequential(self, x: Tensor, positions: Tensor, ctx: ForwardContext, rows: Tensor | None) -> Tensor:
-        x = _chosen(x, rows) + self.attention(self.attention_norm(x), positions, ctx, rows)
-        y: Tensor = x + self.feed_forward(self.feed_forward_norm(x))
-        return y
+    def _sequential(self, build: Build) -> Step:
+        """Both halves as their layers do them best, norm and sum included."""
+        attend = self.attention.as_residual(build, self.attention_norm)
+        feed_forward, norm = self.feed_forward, self.feed_forward_norm
+        if isinstance(feed_forward, ResidualFeedForward):
+            advance = feed_forward.as_residual(build, norm)
+        else:
+            advance = _in_steps(feed_forward, norm)
+        return lambda x, positions, ctx, rows: advance(attend(x, positions, ctx, rows))
 
     def _parallel(self, x: Tensor, positions: Tensor, ctx: ForwardContext, rows: Tensor | None) -> Tensor:
         attended = self.attention(self.attention_norm(x), positions, ctx, rows)
@@ -117,6 +130,10 @@ class DecoderLayer(nn.Module):
         x = self.attention_norm(_chosen(x, rows) + self.attention(x, positions, ctx, rows))
         y: Tensor = self.feed_forward_norm(x + self.feed_forward(x))
         return y
+
+
+def _in_steps(feed_forward: nn.Module, norm: nn.Module) -> Callable[[Tensor], Tensor]:
+    return lambda x: x + feed_forward(norm(x))
 
 
 def _chosen(x: Tensor, rows: Tensor | None) -> Tensor:
@@ -184,5 +201,5 @@ def _layers(build: Build, config: DecoderConfig, slots: Slots) -> list[DecoderLa
             tables[attention.rotary] = RotaryTables(attention.rotary, config.max_positions, build.device)
         mixer = Attention(build, attention, index, tables.get(attention.rotary))
         norms = (slots.norm(config.hidden_size), slots.norm(config.hidden_size))
-        layers.append(DecoderLayer(mixer, slots.feed_forward(index), norms, config.residual))
+        layers.append(DecoderLayer(build, mixer, slots.feed_forward(index), norms, config.residual))
     return layers

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from plexor.kernels.table import KernelTable
 from plexor.model.build import facts
-from plexor.model.format import GroupedMultiply, KVShape, LinearShape, Multiply, Stored
+from plexor.model.format import Fusion, GroupedMultiply, KVShape, LinearShape, Multiply, Stored
 
 
 class DenseFormat:
-    """Keeps "weight" [out, in] as it is; a LinearFormat."""
+    """Keeps "weight" [out, in] as it is; a LinearFormat and a FusingFormat."""
+
+    fused: Mapping[Fusion, str] = MappingProxyType(
+        {
+            "norm": "norm_linear",
+            "add": "linear_add",
+            "norm_gated": "norm_gated_linear",
+            "norm_rotary": "norm_rotary_linear",
+        }
+    )
 
     def storage(self, shape: LinearShape, dtype: torch.dtype) -> tuple[Stored, ...]:
         return (Stored("weight", (shape.out_features, shape.in_features), dtype, 0, 1),)

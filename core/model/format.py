@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -76,6 +76,32 @@ class LinearFormat(Protocol):
     ) -> GroupedMultiply:
         """The multiply for an expert stack."""
         ...
+
+
+Fusion = Literal["norm", "add", "norm_gated", "norm_rotary"]
+"""What may be done in one op with a product, gain and eps being those of a root mean square norm of x [T, in]:
+
+    norm          (x, gain [in], eps, stored, bias) -> linear(rms_norm(x)) [T, out]
+    add           (x, stored, residual [T, out], bias) -> residual + linear(x) [T, out]
+    norm_gated    (x, gain, eps, stored, bias) -> silu_mul(linear(rms_norm(x))) [T, out / 2]
+    norm_rotary   (x, gain, eps, stored, cos, sin, positions, slots, cache, bias) -> queries [T, N, D] of
+                  rotary_kv_write(linear(rms_norm(x)) cut in q, k, v); only with KV formats that store by that op
+
+bias [out] is None for a layer that has none, and the Facts of one that has state it as the size bias = 1. No op writes
+to its inputs, the cache excepted.
+"""
+
+
+@runtime_checkable
+class FusingFormat(Protocol):
+    """A LinearFormat that also names ops which do more than multiply; what it does not name is done in steps.
+
+    Such an op's reference works in steps of other references, past the kernels that a device has for these. The op is
+    therefore used only where a provider serves it (KernelTable.find), and `--kernel OP=reference` asks for the steps.
+    """
+
+    @property
+    def fused(self) -> Mapping[Fusion, str]: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from plexor.checkpoint.view import TensorView
 from plexor.errors import CheckpointError
-from plexor.model.build import Build
-from plexor.model.format import LinearFormat, LinearShape
+from plexor.model.build import Build, facts
+from plexor.model.format import FusingFormat, Fusion, LinearFormat, LinearShape
+from plexor.model.norm import RMSNorm
 
 Cut = Literal["out", "in", "none"]
 """Which features the ranks share out: "out" (column parallel), "in" (row parallel), "none" (each holds all)."""
@@ -139,9 +140,41 @@ class Linear(LinearWeight):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self._multiply(x, self.stored)
-        if self.cut == "in":
+        if self._sums_over_ranks():
             y = self._mesh.all_reduce(y)
         return y if self.bias is None else y + self.bias
+
+    def after(self, build: Build, norm: nn.Module) -> Callable[[Tensor], Tensor]:
+        """The function x [T, in] -> self(norm(x)), in one op where there is one."""
+        product = self.fused(build, "norm") if isinstance(norm, RMSNorm) else None
+        if product is None or not isinstance(norm, RMSNorm):
+            return lambda x: self(norm(x))
+        return lambda x: product(x, norm.weight, norm.eps, self.stored, self.bias)
+
+    def onto(self, build: Build) -> Callable[[Tensor, Tensor], Tensor]:
+        """The function (x [T, in], residual [T, out]) -> residual + self(x), in one op where there is one."""
+        product = None if self._sums_over_ranks() else self.fused(build, "add")
+        if product is None:
+            return lambda x, residual: residual + self(x)
+        return lambda x, residual: product(x, self.stored, residual, self.bias)
+
+    def fused(
+        self, build: Build, fusion: Fusion, kv_dtype: torch.dtype | None = None, **sizes: int
+    ) -> Callable[..., Tensor] | None:
+        """The op that does this with the layer's weight; None where its format names none, or no kernel serves it here.
+
+        sizes: what the op's kernels are chosen on besides the layer's own.
+        """
+        op = self._format.fused.get(fusion) if isinstance(self._format, FusingFormat) else None
+        if op is None:
+            return None
+        sizes |= {"out_features": self.shape.out_features, "in_features": self.shape.in_features}
+        if self.bias is not None:
+            sizes["bias"] = 1
+        return build.table.find(op, facts(build.device, build.dtype, kv_dtype, **sizes))
+
+    def _sums_over_ranks(self) -> bool:
+        return self.cut == "in" and self._mesh.size > 1
 
 
 class GroupedLinear(LinearWeight):

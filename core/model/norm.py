@@ -14,11 +14,11 @@ class RMSNorm(nn.Module):
     def __init__(self, build: Build, size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size, dtype=build.dtype, device=build.device), requires_grad=False)
-        self._eps = eps
+        self.eps = eps
         self._norm = build.bind("rms_norm", hidden_size=size)
 
     def forward(self, x: Tensor) -> Tensor:
-        normed: Tensor = self._norm(x, self.weight, self._eps)
+        normed: Tensor = self._norm(x, self.weight, self.eps)
         return normed
 
 

@@ -54,6 +54,13 @@ class Stub(nn.Module):
         return self._function(x)
 
 
+class StubAttention(Stub):
+    """One that is in a residual too."""
+
+    def as_residual(self, build: Build, norm: nn.Module) -> Callable[..., Tensor]:
+        return lambda x, *_: x + self(norm(x))
+
+
 @pytest.mark.parametrize(
     ("residual", "expected"),
     [
@@ -63,10 +70,10 @@ class Stub(nn.Module):
         ("norm_after", lambda x: 3 * ((y := x + 2 * x + 1) + y**2)),
     ],
 )
-def test_residuals(residual: Residual, expected: Callable[[Tensor], Tensor]) -> None:
+def test_residuals(make: Make, residual: Residual, expected: Callable[[Tensor], Tensor]) -> None:
     norms = (Stub(lambda x: x + 1), Stub(lambda x: 3 * x))
-    attention: nn.Module = Stub(lambda x: 2 * x)
-    layer = DecoderLayer(attention, Stub(torch.square), norms, residual)  # type: ignore[arg-type]
+    attention: nn.Module = StubAttention(lambda x: 2 * x)
+    layer = DecoderLayer(make(), attention, Stub(torch.square), norms, residual)  # type: ignore[arg-type]
     x = random(4, HIDDEN)
     torch.testing.assert_close(layer(x, torch.zeros(4), context(())), expected(x))
 
