@@ -34,7 +34,7 @@ def ops() -> Iterable[Op]:
         _op("norm_gated_linear", _SUMMED),
         _op("norm_rotary_linear", _SUMMED),
         _op("grouped_linear", _SUMMED),
-        _op("sample", {"float32": _EXACT}),
+        _op("sample", _COPIED),
         _op("advance", {"float32": _EXACT}),
     )
 
@@ -63,15 +63,20 @@ def kernels() -> Iterable[Kernel]:
             dtypes=frozenset({"float32", "bfloat16"}),
             refuses="plexor.kernels.cpu.linear:refuses",
         ),
+        _triton("linear"),
+        _triton("norm_linear"),
+        _triton("linear_add"),
+        _triton("norm_gated_linear"),
+        _triton_on_cache("norm_rotary_linear", _refuses_narrow_cache),
         _triton("grouped_linear"),
-        _triton("sample"),
+        replace(_triton("sample"), load="plexor.kernels.triton.sample:Draw"),
         _triton("advance"),
         Kernel(
             op="sample",
             provider="torch",
             load="plexor.kernels.cpu.sample:sample",
             devices=_CPU,
-            dtypes=frozenset({"float32"}),
+            dtypes=_FLOATS,
         ),
     )
 
@@ -109,8 +114,7 @@ def _op(name: str, tolerance: Mapping[str, Tolerance]) -> Op:
 
 def _triton(op: str) -> Kernel:
     """A Triton kernel that touches no cache."""
-    dtypes = frozenset({"float32"}) if op == "sample" else _FLOATS
-    return Kernel(op=op, provider="triton", load=f"plexor.kernels.triton.{op}:{op}", devices=_CUDA, dtypes=dtypes)
+    return Kernel(op=op, provider="triton", load=f"plexor.kernels.triton.{op}:{op}", devices=_CUDA, dtypes=_FLOATS)
 
 
 def _triton_on_cache(op: str, refuses: Callable[[Facts], str | None]) -> Kernel:

@@ -362,6 +362,7 @@ def sample(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
     yield sampling_sample(make, "banned tokens", banned, [(0.0, 0, 1.0, 0.0), (1.0, 80, 1.0, 0.0), off, mixed[3]])
     wide = make.normal(2, 64, scale=1000.0)
     yield sampling_sample(make, "far apart", wide, [off, (0.1, 3, 0.9, 0.0)])
+    yield sampling_sample(make, "rows of a padded table", make.normal(4, 128, scale=3.0)[:, :101], mixed)
 
 
 def sampling_sample(make: Maker, name: str, logits: Tensor, rows: Sequence[tuple[float, int, float, float]]) -> Sample:

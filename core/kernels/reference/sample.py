@@ -13,7 +13,7 @@ from plexor.kernels.random import uniform
 def sample(
     logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seeds: Tensor, steps: Tensor
 ) -> Tensor:
-    """Choose from logits [R, V] float32 -> ids [R] int64; each other argument is [R].
+    """Choose from logits [R, V], of any float dtype and widened to float32 -> ids [R] int64; other arguments are [R].
 
     temperature float32: 0 takes the lowest index among the largest logits; otherwise p = softmax(logits / temperature).
     Then tokens are dropped, in this order:
@@ -43,7 +43,7 @@ def choose(
     ids = logits.argmax(dim=-1)
     if drawn.numel() == 0:
         return ids
-    rows, top_k, top_p, min_p = logits[drawn], top_k[drawn], top_p[drawn], min_p[drawn]
+    rows, top_k, top_p, min_p = logits[drawn].float(), top_k[drawn], top_p[drawn], min_p[drawn]
     weight = masses(rows, temperature[drawn])
     kept = weight
     if bool((top_k > 0).any()):
