@@ -46,7 +46,10 @@ def kernels() -> Iterable[Kernel]:
         _triton("silu_mul"),
         _triton_on_cache("kv_write", _refuses_narrow_cache),
         _triton_on_cache("rotary_kv_write", _refuses_narrow_cache),
-        _triton_on_cache("paged_attention", _refuses_attention),
+        replace(
+            _triton_on_cache("paged_attention", _refuses_attention),
+            load="plexor.kernels.triton.paged_attention:PagedAttention",
+        ),
         Kernel(
             op="paged_attention",
             provider="torch",
@@ -68,6 +71,11 @@ def kernels() -> Iterable[Kernel]:
         _triton("linear_add"),
         _triton("norm_gated_linear"),
         _triton_on_cache("norm_rotary_linear", _refuses_narrow_cache),
+        _cuda("linear", "Linear"),
+        _cuda("norm_linear", "NormLinear"),
+        _cuda("linear_add", "LinearAdd"),
+        _cuda("norm_gated_linear", "NormGatedLinear"),
+        replace(_cuda("norm_rotary_linear", "NormRotaryLinear"), kv_dtypes=_CACHES),
         _triton("grouped_linear"),
         replace(_triton("sample"), load="plexor.kernels.triton.sample:Draw"),
         _triton("advance"),
@@ -115,6 +123,20 @@ def _op(name: str, tolerance: Mapping[str, Tolerance]) -> Op:
 def _triton(op: str) -> Kernel:
     """A Triton kernel that touches no cache."""
     return Kernel(op=op, provider="triton", load=f"plexor.kernels.triton.{op}:{op}", devices=_CUDA, dtypes=_FLOATS)
+
+
+def _cuda(op: str, name: str) -> Kernel:
+    """A kernel in CUDA C++ for the copy engine of compute capability 9.0, compiled when it is first launched."""
+    return Kernel(
+        op=op,
+        provider="cuda",
+        load=f"plexor.kernels.cuda.{op}:{name}",
+        devices=_CUDA,
+        dtypes=frozenset({"bfloat16", "float16"}),
+        capability=(9, 0),
+        priority=20,
+        refuses="plexor.kernels.cuda.refusal:refuses",
+    )
 
 
 def _triton_on_cache(op: str, refuses: Callable[[Facts], str | None]) -> Kernel:

@@ -1,0 +1,1 @@
+"""CUDA C++ kernels, compiled at run time, one source for each op or family of ops."""

@@ -1,0 +1,108 @@
+"""Compile CUDA C++ for the device at hand, keep the machine code on disk, and launch it so that kernels overlap.
+
+NVRTC and the driver are called through cuda.bindings, which comes with torch's CUDA wheels: unlike CuPy's it compiles
+for sm_90a and launches with attributes (programmatic dependent launch).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from cuda.bindings import driver, nvrtc
+
+from plexor.config import cache_folder
+from plexor.errors import PlexorError
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A kernel that can be launched. shared_bytes: dynamic shared memory of each block."""
+
+    function: Any
+    threads: int
+    shared_bytes: int
+
+    def launch(self, num_blocks: int, arguments: Sequence[Any]) -> None:
+        """Queue it on torch's current stream; it may start while the kernel before it ends, and must wait for that one
+        with griddepcontrol.wait before it touches what that one reads or writes.
+
+        arguments: for each parameter an object whose `getPtr()` is its address, or a ctypes structure.
+        """
+        addresses = (ctypes.c_void_p * len(arguments))(*map(_address, arguments))
+        value = driver.CUlaunchAttributeValue()
+        value.programmaticStreamSerializationAllowed = 1
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value = value
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = num_blocks, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = self.threads, 1, 1
+        config.sharedMemBytes = self.shared_bytes
+        config.hStream = torch.cuda.current_stream().cuda_stream
+        config.attrs, config.numAttrs = [attribute], 1
+        checked(driver.cuLaunchKernelEx(config, self.function, ctypes.addressof(addresses), 0))
+
+
+def load(source: Path, name: str, defines: Mapping[str, int], threads: int, shared_bytes: int) -> Program:
+    """The kernel `name` of a source file, compiled for the current device with these macros."""
+    torch.cuda.current_stream()  # the driver's calls below need torch's context
+    major, minor = torch.cuda.get_device_capability()
+    options = (f"--gpu-architecture=sm_{major}{minor}", "-std=c++17", *(f"-D{k}={int(v)}" for k, v in defines.items()))
+    module = checked(driver.cuModuleLoadData(_machine_code(source.read_text(), options)))
+    function = checked(driver.cuModuleGetFunction(module, name.encode()))
+    attribute = driver.CUfunction_attribute
+    for key, value in (
+        (attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes),
+        (attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100),
+    ):
+        checked(driver.cuFuncSetAttribute(function, key, value))
+    return Program(function, threads, shared_bytes)
+
+
+def checked(result: tuple[Any, ...]) -> Any:
+    """What a call of the driver or of NVRTC gives besides its status; PlexorError unless that is success."""
+    status, *values = result
+    if status.value != 0:
+        raise PlexorError(
+            f"the CUDA driver refused a kernel of Plexor's ({status.name}): choose another provider with --kernel"
+        )
+    return values[0] if values else None
+
+
+def _address(argument: Any) -> int:
+    return ctypes.addressof(argument) if isinstance(argument, ctypes.Structure) else int(argument.getPtr())
+
+
+def _machine_code(source: str, options: tuple[str, ...]) -> bytes:
+    """From the disk if this source has been compiled with these options before."""
+    version = nvrtc.nvrtcVersion()[1:]
+    key = hashlib.blake2b(repr((source, options, version)).encode(), digest_size=16).hexdigest()
+    path = cache_folder() / "kernels" / f"{key}.cubin"
+    if path.is_file():
+        return path.read_bytes()
+    code = _compile(source, options)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        file.write(code)
+    os.replace(file.name, path)  # whole or not at all, also with two processes at once
+    return code
+
+
+def _compile(source: str, options: tuple[str, ...]) -> bytes:
+    program = checked(nvrtc.nvrtcCreateProgram(source.encode(), b"kernel.cu", 0, [], []))
+    (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
+    if status.value != 0:
+        log = b" " * checked(nvrtc.nvrtcGetProgramLogSize(program))
+        checked(nvrtc.nvrtcGetProgramLog(program, log))
+        raise PlexorError(f"NVRTC does not compile a kernel of Plexor's: {log.decode(errors='replace')}")
+    code: bytes = b" " * checked(nvrtc.nvrtcGetCUBINSize(program))
+    checked(nvrtc.nvrtcGetCUBIN(program, code))
+    return code

@@ -1,0 +1,413 @@
+// The product of a few rows with a weight that is read once: y[T, N] = epilogue(x[T, K] W[N, K]^T), T <= COLUMNS.
+//
+//   device memory    W, row-major, gains                  x, row-major
+//        |  weight warp: one bulk tensor copy a stage,       |  activation warp: only after the previous kernel
+//        v  never waits for the previous kernel              v  has ended
+//   shared memory    ring of stages {weight tile 2 x ROWS x DEPTH}, and gains and x, whole, once (RESIDENT)
+//                    ring of stages {weight tile, x tile COLUMNS x DEPTH, gains}, where x is too large for that
+//        |  WARPS consumer warps, each on its own slices of 32 k: mma.m16n8k16 with the weight as the A operand
+//        v
+//   shared memory    one partial sum for each warp -> sum, norm, epilogue -> device memory
+//
+// A tile is two groups of ROWS weight rows at a distance of PAIR rows, so that both numbers that an epilogue combines
+// (gate and up; the two features that a rotation turns) end in one thread: fragment rows g and g + 8.
+//
+// One block of threads takes a whole multiprocessor: with room for a second one, those of the next kernel gather on few
+// multiprocessors and the chain of products is slower (bench/NOTES.md).
+//
+// The compiler is given: COLUMNS (8 or 16), BLOCKS (ROWS = 8 * BLOCKS), DEPTH (k in a stage, a multiple of 256), RESIDENT,
+// X_ROWS (rows of x that are copied), HALF (1 for float16, 0 for bfloat16), NORM, EPILOGUE and NARROW (the cache holds
+// float8_e4m3fn).
+
+#define STORE 0   // y = product
+#define ADD 1     // y = residual + product
+#define GATED 2   // y = silu(product of group 0) * product of group 1
+#define ROTARY 3  // queries turned into y; keys turned, and values, into the cache
+
+typedef unsigned u32;
+typedef unsigned short u16;
+typedef unsigned long long u64;
+
+constexpr int WARPS = 8;
+constexpr int ROWS = 8 * BLOCKS;
+constexpr int TILES_N = COLUMNS / 8;
+constexpr int BOXES = DEPTH / 64;  // 64 k are 128 bytes, the width of a swizzled box
+constexpr int WEIGHT_BYTES = 2 * ROWS * DEPTH * 2;
+constexpr int X_BYTES = X_ROWS * DEPTH * 2;
+constexpr int GAIN_BYTES = NORM ? DEPTH * 2 : 0;
+constexpr int GAIN_ROOM = (GAIN_BYTES + 1023) / 1024 * 1024;  // stages begin at multiples of 1024 bytes
+constexpr int STAGE_BYTES = WEIGHT_BYTES + (RESIDENT ? 0 : X_BYTES + GAIN_ROOM);
+constexpr int MOST_STAGES = 16;
+constexpr int MOST_STEPS = 64;  // of DEPTH k, with x resident
+constexpr int SUMS = BLOCKS * TILES_N * 4 * 32;  // numbers in one warp's partial sum
+constexpr int BUFFERS = SUMS <= 128 ? 2 : 1;     // partial sums of two tiles, where there is room: one barrier less
+constexpr u64 EVICT_FIRST = 0x12F0000000000000ull;
+
+struct alignas(64) TensorMap {
+  u64 opaque[16];
+};
+
+struct Arguments {
+  const void* bias;      // [N] or null
+  const void* residual;  // ADD: [T, N]
+  void* y;               // [T, N], GATED [T, N / 2], ROTARY [T, heads * head_size]
+  const float* cos;      // ROTARY: [P, head_size / 2]
+  const float* sin;
+  const long long* positions;  // [T]
+  const long long* slots;      // [T], -1 stores nothing
+  void* keys;
+  void* values;
+  long long entry_stride;  // of the cache, in numbers
+  long long y_stride;
+  long long residual_stride;
+  int num_rows;      // T
+  int num_outputs;   // N
+  int num_inputs;    // K
+  int pair;          // distance of the two groups
+  int stages;
+  int num_heads;     // ROTARY: query heads
+  int num_kv_heads;
+  float eps;
+};
+
+__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+__device__ __forceinline__ void barrier_init(u32 barrier, int count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count));
+}
+
+__device__ __forceinline__ void barrier_expect(u32 barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(u32 barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n"
+      "}"
+      ::"r"(barrier), "r"(parity)
+      : "memory");
+}
+
+__device__ __forceinline__ void copy_weight(u32 target, const TensorMap* map, int row, int box, u32 barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%2, %3, %4, %5}], [%6], %7;"
+      ::"r"(target), "l"(map), "r"(0), "r"(row), "r"(box), "r"(0), "r"(barrier), "l"(EVICT_FIRST)
+      : "memory");
+}
+
+__device__ __forceinline__ void copy_x(u32 target, const TensorMap* map, int box, u32 barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3, %4}], [%5];"
+      ::"r"(target), "l"(map), "r"(0), "r"(0), "r"(box), "r"(barrier)
+      : "memory");
+}
+
+__device__ __forceinline__ void copy_gain(u32 target, const TensorMap* map, int box, u32 barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
+      ::"r"(target), "l"(map), "r"(0), "r"(box), "r"(barrier)
+      : "memory");
+}
+
+__device__ __forceinline__ void fetch_map(const TensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+__device__ __forceinline__ uint4 load_shared(u32 address) {
+  uint4 v;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
+  return v;
+}
+
+__device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+__device__ __forceinline__ void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;"); }
+
+__device__ __forceinline__ void mma(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+#if HALF
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+#else
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+#endif
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ float widen(u16 bits) {
+#if HALF
+  float f;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(bits));
+  return f;
+#else
+  return __uint_as_float((u32)bits << 16);
+#endif
+}
+
+__device__ __forceinline__ u16 narrow(float f) {
+  u16 bits;
+#if HALF
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(f));
+#else
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(f));
+#endif
+  return bits;
+}
+
+__device__ __forceinline__ u32 multiply_pair(u32 a, u32 b) {
+  u32 product;
+#if HALF
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+#else
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+#endif
+  return product;
+}
+
+__device__ __forceinline__ float square_pair(float sum, u32 pair) {
+  const float low = widen((u16)pair), high = widen((u16)(pair >> 16));
+  return fmaf(high, high, fmaf(low, low, sum));
+}
+
+__device__ __forceinline__ float square_all(float sum, uint4 v) {
+  return square_pair(square_pair(square_pair(square_pair(sum, v.x), v.y), v.z), v.w);
+}
+
+// The first row of a tile's first group: groups of PAIR rows, in which tiles follow one another, alternate.
+__device__ __forceinline__ int tile_row(int tile, int pair) {
+  const int tiles_in_group = pair / ROWS;
+  return tile / tiles_in_group * 2 * pair + tile % tiles_in_group * ROWS;
+}
+
+#if EPILOGUE == ROTARY
+__device__ __forceinline__ void store_entry(void* cache, long long index, float value) {
+#if NARROW
+  u16 bits;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(bits) : "f"(0.0f), "f"(value));
+  ((unsigned char*)cache)[index] = (unsigned char)bits;
+#else
+  ((u16*)cache)[index] = narrow(value);
+#endif
+}
+
+__device__ __forceinline__ void store_head_pair(const Arguments& a, int m, int row, float first, float second) {
+  const int half = a.pair, size = 2 * half, head = row / size, feature = row % size;
+  float low = widen(narrow(first)), high = widen(narrow(second));
+  if (head < a.num_heads + a.num_kv_heads) {
+    const long long angle = a.positions[m] * half + feature;
+    const float c = a.cos[angle], s = a.sin[angle];
+    const float turned = low * c - high * s;
+    high = high * c + low * s;
+    low = turned;
+  }
+  if (head < a.num_heads) {
+    u16* target = (u16*)a.y + m * a.y_stride + row;
+    target[0] = narrow(low);
+    target[half] = narrow(high);
+    return;
+  }
+  const long long slot = a.slots[m];
+  if (slot < 0) return;
+  const int kv_head = head - a.num_heads;
+  const bool is_key = kv_head < a.num_kv_heads;
+  void* cache = is_key ? a.keys : a.values;
+  const long long entry = slot * a.entry_stride + (is_key ? kv_head : kv_head - a.num_kv_heads) * size + feature;
+  store_entry(cache, entry, widen(narrow(low)));
+  store_entry(cache, entry + half, widen(narrow(high)));
+}
+#endif
+
+__device__ __forceinline__ void store_pair(const Arguments& a, int m, int row, float first, float second) {
+  if (a.bias) {
+    first += widen(((const u16*)a.bias)[row]);
+    second += widen(((const u16*)a.bias)[row + a.pair]);
+  }
+#if EPILOGUE == ROTARY
+  store_head_pair(a, m, row, first, second);
+#elif EPILOGUE == GATED
+  ((u16*)a.y)[m * a.y_stride + row] = narrow(first / (1.0f + __expf(-first)) * second);
+#else
+  u16* target = (u16*)a.y + m * a.y_stride + row;
+#if EPILOGUE == ADD
+  const u16* residual = (const u16*)a.residual + m * a.residual_stride + row;
+  first += widen(residual[0]);
+  second += widen(residual[a.pair]);
+#endif
+  target[0] = narrow(first);
+  target[a.pair] = narrow(second);
+#endif
+}
+
+extern "C" __global__ void __launch_bounds__((WARPS + 2) * 32, 1) stream_linear(
+    const __grid_constant__ TensorMap weight_map, const __grid_constant__ TensorMap x_map,
+    const __grid_constant__ TensorMap gain_map, const __grid_constant__ Arguments a) {
+  extern __shared__ __align__(1024) char ring[];
+  __shared__ __align__(8) u64 barriers[2 * MOST_STAGES + (RESIDENT ? MOST_STEPS : 0)];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int num_tiles = a.num_outputs / (2 * ROWS), num_steps = (a.num_inputs + DEPTH - 1) / DEPTH;
+  const u32 full = shared_address(barriers), empty = full + 8 * MOST_STAGES, arrived = empty + 8 * MOST_STAGES;
+  const u32 base = shared_address(ring), end = base + a.stages * STAGE_BYTES;
+  // Where a step's x and gains lie: resident ones by the step, others by the stage.
+  const u32 x_base = RESIDENT ? end : base + WEIGHT_BYTES, x_stride = RESIDENT ? X_BYTES : STAGE_BYTES;
+  const u32 gain_base = x_base + (RESIDENT ? num_steps * X_BYTES : X_BYTES), gain_stride = RESIDENT ? GAIN_BYTES : STAGE_BYTES;
+  const u32 resident = RESIDENT ? (num_steps * (X_BYTES + GAIN_BYTES) + 1023) & ~1023u : 0;
+  float(*partial)[WARPS][SUMS] = (float(*)[WARPS][SUMS])(ring + a.stages * STAGE_BYTES + resident);
+#if NORM
+  float(*squares)[WARPS][COLUMNS] = (float(*)[WARPS][COLUMNS])(partial + BUFFERS);
+#endif
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < a.stages; i++) {
+      barrier_init(full + 8 * i, RESIDENT ? 1 : 2);
+      barrier_init(empty + 8 * i, WARPS);
+    }
+    if (RESIDENT)
+      for (int i = 0; i < num_steps; i++) barrier_init(arrived + 8 * i, NORM ? 2 : 1);
+    asm volatile("fence.mbarrier_init.release.cluster;");
+  }
+  __syncthreads();
+  let_next_kernel_start();
+  int stage = 0;
+  u32 phase = 0;
+  if (warp == WARPS) {
+    if (lane == 0) {
+      bool first = RESIDENT && NORM;
+      for (int tile = blockIdx.x; tile < num_tiles; tile += gridDim.x, first = false) {
+        const int row = tile_row(tile, a.pair);
+        for (int step = 0; step < num_steps; step++) {
+          barrier_wait(empty + 8 * stage, phase ^ 1);
+          const u32 done = full + 8 * stage;
+          barrier_expect(done, WEIGHT_BYTES + (RESIDENT ? 0 : GAIN_BYTES));
+          copy_weight(base + stage * STAGE_BYTES, &weight_map, row, step * BOXES, done);
+          if (NORM && !RESIDENT) copy_gain(gain_base + stage * gain_stride, &gain_map, step * BOXES, done);
+          if (first) {
+            barrier_expect(arrived + 8 * step, GAIN_BYTES);
+            copy_gain(gain_base + step * gain_stride, &gain_map, step * BOXES, arrived + 8 * step);
+          }
+          if (++stage == a.stages) stage = 0, phase ^= 1;
+        }
+      }
+    }
+    return;
+  }
+  wait_for_previous_kernel();
+  if (warp == WARPS + 1) {
+    if (lane == 0) {
+      asm volatile("fence.proxy.async;" ::: "memory");
+      const int last = RESIDENT ? blockIdx.x + 1 : num_tiles;
+      for (int tile = blockIdx.x; tile < last; tile += gridDim.x) {
+        for (int step = 0; step < num_steps; step++) {
+          const int place = RESIDENT ? step : stage;
+          const u32 done = (RESIDENT ? arrived : full) + 8 * place;
+          if (!RESIDENT) barrier_wait(empty + 8 * stage, phase ^ 1);
+          barrier_expect(done, X_BYTES);
+          copy_x(x_base + place * x_stride, &x_map, step * BOXES, done);
+          if (++stage == a.stages) stage = 0, phase ^= 1;
+        }
+      }
+    }
+    return;
+  }
+  // Lane (g, t) of a consumer holds rows g and g + 8 of the weight's fragments, column g of those of x, and of each
+  // box of 64 k the 16-byte chunks 2 t and 2 t + 1: any order of k will do that is the same for both operands, and this
+  // one meets no bank twice under the 128-byte swizzle.
+  const int g = lane / 4, t = lane % 4;
+  int buffer = 0;
+  for (int tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
+    float sums[BLOCKS][TILES_N][4] = {};
+#if NORM
+    float square[TILES_N] = {};
+#endif
+    for (int step = 0; step < num_steps; step++) {
+      barrier_wait(full + 8 * stage, phase);
+      if (RESIDENT) barrier_wait(arrived + 8 * step, 0);
+      const u32 weights = base + stage * STAGE_BYTES, place = RESIDENT ? step : stage;
+#pragma unroll
+      for (int u = 0; u < DEPTH / 256; u++) {
+        const int box = (u * WARPS + warp) / 2, chunk = 2 * t + warp % 2;
+        const u32 swizzled = g * 128 + (chunk ^ g) * 16;
+        uint4 x[TILES_N];
+#pragma unroll
+        for (int n = 0; n < TILES_N; n++) {
+          // Columns without a row of x repeat another's: their products are dropped.
+          const u32 row = box * X_ROWS + (n * 8 + g) % X_ROWS, shift = RESIDENT ? step * BOXES * X_ROWS : 0;
+          x[n] = load_shared(x_base + place * x_stride + row * 128 + (chunk ^ (row + shift) % 8) * 16);
+        }
+#if NORM
+        const u32 gain_row = box + (RESIDENT ? num_steps * BOXES * X_ROWS + step * BOXES : 0);
+        const uint4 gain = load_shared(gain_base + place * gain_stride + box * 128 + (chunk ^ gain_row % 8) * 16);
+#pragma unroll
+        for (int n = 0; n < TILES_N; n++) {
+          square[n] = square_all(square[n], x[n]);
+          x[n].x = multiply_pair(x[n].x, gain.x);
+          x[n].y = multiply_pair(x[n].y, gain.y);
+          x[n].z = multiply_pair(x[n].z, gain.z);
+          x[n].w = multiply_pair(x[n].w, gain.w);
+        }
+#endif
+#pragma unroll
+        for (int b = 0; b < BLOCKS; b++) {
+          const u32 source = weights + box * ROWS * 128 + b * 1024 + swizzled;
+          const uint4 low = load_shared(source), high = load_shared(source + BOXES * ROWS * 128);
+#pragma unroll
+          for (int n = 0; n < TILES_N; n++) {
+            mma(sums[b][n], low.x, high.x, low.y, high.y, x[n].x, x[n].y);
+            mma(sums[b][n], low.z, high.z, low.w, high.w, x[n].z, x[n].w);
+          }
+        }
+      }
+      __syncwarp();
+      if (lane == 0) barrier_arrive(empty + 8 * stage);
+      if (++stage == a.stages) stage = 0, phase ^= 1;
+    }
+#pragma unroll
+    for (int b = 0; b < BLOCKS; b++)
+#pragma unroll
+      for (int n = 0; n < TILES_N; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) partial[buffer][warp][((b * TILES_N + n) * 4 + e) * 32 + lane] = sums[b][n][e];
+#if NORM
+#pragma unroll
+    for (int n = 0; n < TILES_N; n++) {
+      square[n] += __shfl_xor_sync(~0u, square[n], 1);
+      square[n] += __shfl_xor_sync(~0u, square[n], 2);
+      if (t == 0) squares[buffer][warp][n * 8 + g] = square[n];
+    }
+#endif
+    asm volatile("bar.sync 1, %0;" ::"n"(WARPS * 32) : "memory");
+    const int first_row = tile_row(tile, a.pair);
+    for (int i = threadIdx.x; i < SUMS / 2; i += WARPS * 32) {
+      const int l = i % 32, e = i / 32 % 2, n = i / 64 % TILES_N, b = i / 64 / TILES_N;
+      const int m = n * 8 + l % 4 * 2 + e;
+      if (m >= a.num_rows) continue;
+      const int index = ((b * TILES_N + n) * 4 + e) * 32 + l;
+      float first = 0, second = 0;
+#pragma unroll
+      for (int w = 0; w < WARPS; w++) {
+        first += partial[buffer][w][index];
+        second += partial[buffer][w][index + 64];
+      }
+#if NORM
+      float total = 0;
+#pragma unroll
+      for (int w = 0; w < WARPS; w++) total += squares[buffer][w][m];
+      const float scale = rsqrtf(total / a.num_inputs + a.eps);
+      first *= scale;
+      second *= scale;
+#endif
+      store_pair(a, m, first_row + b * 8 + l / 4, first, second);
+    }
+    if (BUFFERS == 2)
+      buffer ^= 1;
+    else
+      asm volatile("bar.sync 1, %0;" ::"n"(WARPS * 32) : "memory");
+  }
+}
