@@ -9,6 +9,7 @@ CPU reads tokens and plans.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,12 +21,15 @@ from plexor.config import EngineConfig
 from plexor.errors import ConfigError
 from plexor.extension.catalog import Catalog
 from plexor.kernels.table import resolve
-from plexor.runtime.packer import StepInput, pack
+from plexor.runtime.packer import pack
 from plexor.runtime.ranks import Ranks
 from plexor.runtime.request import FinishReason, Output, Request
 from plexor.runtime.runner import Pending
 from plexor.runtime.scheduler import Plan, Scheduler, SchedulerConfig
 from plexor.runtime.stats import StepObserver
+
+LogitsWatcher = Callable[[tuple[str, ...], Tensor], None]
+"""Called with the request ids of a step's rows [R] and the logits that their tokens were drawn from [R, V]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +70,9 @@ class EngineCore:
         on_gpu = self.device.type == "cuda"
         self._steps_ahead = int(on_gpu) if config.steps_ahead is None else config.steps_ahead
         self._launched: deque[tuple[Plan, Pending]] = deque()
+        self._plan: Plan | None = None  # launched last
         self._ended: list[Output] = []
+        self._logits_watcher: LogitsWatcher | None = None
         self._observers: list[StepObserver] = [resolve(spec.build)() for spec in catalog.observers.values()]
 
     @property
@@ -106,24 +112,40 @@ class EngineCore:
         self._tell(outputs)
         return outputs
 
-    def logits(self, step: StepInput) -> Tensor:
-        """The logits [R, V] of a step that no request asked for, for measuring; ConfigError while requests run."""
+    def watch_logits(self, watcher: LogitsWatcher | None) -> None:
+        """Tell a listener the logits of every step from now on, for measuring; None ends it.
+
+        It gets the ids of the requests of the step's rows and a copy of the logits [R, V] in the model's dtype, on the
+        device, before penalties, bias and bans. A row may belong to a request that has ended meanwhile.
+        """
+        self._logits_watcher = watcher
+        self._ranks.rank.runner.watch_logits = None if watcher is None else self._take_logits
+
+    def logits(self, token_ids: Sequence[int]) -> Tensor:
+        """The logits [T, V] of a text that no request asked for, for measuring; ConfigError while requests run."""
         if self.has_work:
             raise ConfigError("requests are running: measure when they have ended")
         if self._ranks.size > 1:
             raise ConfigError(f"measuring runs on one rank, not on {self._ranks.size}: leave --tp out")
-        return self._ranks.rank.runner.logits(step)
+        self.scheduler.pool.forget()  # the text is written over cached prefixes
+        return self._ranks.rank.runner.logits(token_ids)
 
     def close(self) -> None:
         """End the processes of the other ranks."""
         self._ranks.close()
 
     def _launch(self, plan: Plan) -> None:
-        step = pack(plan, block_size=self.limits.block_size)
+        step = pack(plan)
         stats = self.scheduler.stats(plan)
+        self._plan = plan
         self._launched.append((plan, self._ranks.launch(step)))
         for observer in self._observers:
             observer.on_step(stats)
+
+    def _take_logits(self, logits: Tensor) -> None:
+        assert self._plan is not None
+        assert self._logits_watcher is not None
+        self._logits_watcher(tuple(sequence.request.id for sequence in self._plan.rows), logits.clone())
 
     def _is_due(self, plan: Plan | None) -> bool:
         """With nothing new to launch, what is under way is read; else as many steps stay ahead as are wanted."""

@@ -1,11 +1,8 @@
-"""Turns a plan into the flat lists that every rank's runner needs, in a form that travels as bytes.
+"""Turns a plan into what every rank's runner needs and does not know yet, in a form that travels as bytes.
 
-    pieces          A: tokens 4 to 7 of a prompt      B: a decode, its token still on the device
-    token_ids       17 3 99                           0
-    positions       4 5 6                             12
-    previous_rows   -1 -1 -1                          2      row of the previous step's drawn ids
-    query_start     0                                 3  4
-    logit_rows                                        3
+    decodes   slots 3 0 5                 all that they compute is on the device already
+    pieces    slot 1, from position 4:    tokens 17 3 99 of a prompt
+    blocks    slot 0, block 7:            12, which has just been allocated
 
 `msgspec.msgpack.encode(step)` and `decode(data, type=StepInput)` carry it to other processes.
 """
@@ -66,71 +63,64 @@ class MediaSpan(msgspec.Struct, frozen=True, kw_only=True):
     count: int
 
 
-class StepInput(msgspec.Struct, frozen=True, kw_only=True):
-    """One step of T tokens, S pieces and R rows that draw a token.
+class NewBlocks(msgspec.Struct, frozen=True, array_like=True):
+    """Blocks first to first + len(blocks) of the sequence in a slot, allocated for this step or later ones."""
 
-    token_ids [T]: 0 where previous_rows is not -1. previous_rows [T]: -1, or the row of the ids drawn by the step
-    launched before this one. positions [T]. slots [T]: where each token's cache entry goes. query_start [S + 1].
-    kv_length [S]: entries of each sequence after this step. block_table [S]: as many blocks as kv_length needs.
-    logit_rows [R]: batch rows. row_slots [R]: the sampler's slot. row_steps [R]: which of its sequence's generated
-    tokens a row draws, from 0. new: to be applied before the step's rows are drawn.
+    slot: int
+    first: int
+    blocks: list[int]
+
+
+class KnownPiece(msgspec.Struct, frozen=True, array_like=True):
+    """Tokens that the CPU knows, from position start on, of the sequence in a slot.
+
+    draws: which of its generated tokens is drawn after the last one, from 0; -1 where none is drawn.
+    """
+
+    slot: int
+    start: int
+    token_ids: list[int]
+    draws: int
+
+
+class StepInput(msgspec.Struct, frozen=True, kw_only=True):
+    """One step: first a row for each decode, then the rows of each piece.
+
+    decodes: slots of sequences whose last token was drawn on the device since they got the slot; token, position, cache
+    slot and length are there. Rows that draw a token: the decodes, then the last rows of the pieces that draw. blocks:
+    those that the device's block table lacks. new: to be applied before anything else. media: rows of the pieces.
     """
 
     step: int
-    token_ids: list[int]
-    previous_rows: list[int]
-    positions: list[int]
-    slots: list[int]
-    query_start: list[int]
-    kv_length: list[int]
-    block_table: list[list[int]]
-    logit_rows: list[int]
-    row_slots: list[int]
-    row_steps: list[int]
+    decodes: list[int]
+    pieces: list[KnownPiece]
+    blocks: list[NewBlocks]
     new: list[NewSequence]
     media: list[MediaSpan]
 
 
-def pack(plan: Plan, *, block_size: int) -> StepInput:
-    """The lists of a plan; to be called right after `schedule`, before anything else changes its sequences."""
-    step = StepInput(
-        step=plan.step,
-        token_ids=[],
-        previous_rows=[],
-        positions=[],
-        slots=[],
-        query_start=[0],
-        kv_length=[],
-        block_table=[],
-        logit_rows=[],
-        row_slots=[],
-        row_steps=[],
-        new=[],
-        media=[],
-    )
-    admitted = set(plan.admitted)
+def pack(plan: Plan) -> StepInput:
+    """What the ranks need of a plan; to be called right after `schedule`, before anything changes its sequences."""
+    starts = {piece.sequence: piece.start for piece in plan.pieces}
+    pieces, media, row = [], [], len(plan.decodes)
     for piece in plan.pieces:
-        if piece.sequence in admitted:
-            step.new.append(_new_sequence(piece.sequence, piece.start))
-        _add_piece(step, piece, block_size)
-    return step
+        pieces.append(_known_piece(piece))
+        media.extend(_media_spans(piece, row))
+        row += piece.length
+    return StepInput(
+        step=plan.step,
+        decodes=[sequence.slot for sequence in plan.decodes],
+        pieces=pieces,
+        blocks=[NewBlocks(sequence.slot, first, blocks) for sequence, first, blocks in plan.blocks],
+        new=[_new_sequence(sequence, starts[sequence]) for sequence in plan.admitted],
+        media=media,
+    )
 
 
-def _add_piece(step: StepInput, piece: Piece, block_size: int) -> None:
-    sequence, start, end = piece.sequence, piece.start, piece.start + piece.length
-    step.media.extend(_media_spans(piece, first_row=len(step.token_ids)))
-    step.token_ids.extend(sequence.tokens[start:end] if piece.previous_row < 0 else [*sequence.tokens[start:], 0])
-    step.previous_rows.extend([-1] * (piece.length - 1) + [piece.previous_row])
-    step.positions.extend(range(start, end))
-    blocks = sequence.blocks[: -(-end // block_size)]
-    step.slots.extend(blocks[p // block_size] * block_size + p % block_size for p in range(start, end))
-    step.query_start.append(len(step.token_ids))
-    step.kv_length.append(end)
-    step.block_table.append(blocks)
-    if piece.samples:
-        step.logit_rows.append(len(step.token_ids) - 1)
-        step.row_slots.append(sequence.slot)
-        step.row_steps.append(end - sequence.num_prompt)
+def _known_piece(piece: Piece) -> KnownPiece:
+    sequence, end = piece.sequence, piece.start + piece.length
+    draws = end - sequence.num_prompt if piece.samples else -1
+    return KnownPiece(sequence.slot, piece.start, sequence.tokens[piece.start : end], draws)
 
 
 def _media_spans(piece: Piece, first_row: int) -> list[MediaSpan]:

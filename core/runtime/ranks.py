@@ -24,6 +24,7 @@ from plexor.errors import ConfigError, PlexorError
 from plexor.extension.catalog import Catalog
 from plexor.model.linear import LinearWeight
 from plexor.parallel.mesh import Mesh
+from plexor.runtime.graphs import decode_buckets
 from plexor.runtime.kv_cache import allocate, block_bytes, check_blocks, cpu_cache_bytes, fit_blocks, unused_bytes
 from plexor.runtime.loading import BuiltModel, choose_device, choose_placement, draw_model, load_model, plan_model
 from plexor.runtime.packer import StepInput
@@ -80,7 +81,20 @@ def make_rank(
     max_length = context_length(config, built)
     num_blocks = agree(_fitting_blocks(config, built, max_length))
     cache = allocate(built.model, built.build, num_blocks, config.block_size)
-    return Rank(Runner(built, cache, config.max_sequences), built, report, num_blocks, max_length)
+    runner = Runner(
+        built,
+        cache,
+        num_slots=config.max_sequences,
+        max_blocks=-(-max_length // config.block_size),
+        block_size=config.block_size,
+        buckets=decode_buckets(config.max_sequences) if replays_decodes(config, placement.device) else (),
+    )
+    return Rank(runner, built, report, num_blocks, max_length)
+
+
+def replays_decodes(config: EngineConfig, device: torch.device) -> bool:
+    """Whether decode steps are captured as CUDA graphs."""
+    return config.decode_graphs and device.type == "cuda"
 
 
 def context_length(config: EngineConfig, built: BuiltModel) -> int:

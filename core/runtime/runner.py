@@ -1,29 +1,32 @@
-"""One rank's work on a step: lists to tensors, media to embeddings, forward, logits, drawn tokens."""
+"""One rank's work on a step: numbers to the device, media to embeddings, forward, logits, drawn tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
+import numpy
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from plexor.batch import Batch, ForwardContext, LayerCache, MediaRows, Pages
+from plexor.batch import Batch, ForwardContext, LayerCache, MediaRows, Pages, Prefill
 from plexor.errors import RequestError
 from plexor.model.media import MediaModel
+from plexor.runtime.graphs import DecodeSteps, DrawnRows
 from plexor.runtime.loading import BuiltModel
 from plexor.runtime.packer import MediaSpan, SequenceMedia, StepInput
 from plexor.runtime.request import TokenLogprobs
-from plexor.runtime.sampler import Drawn, LogprobRows, Sampler
+from plexor.runtime.sampler import LogprobRows, Sampler, Settings
+from plexor.runtime.state import Array, SlotState, send
 
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """A launched step whose tokens are on their way to the CPU."""
+    """A launched step whose tokens are on their way to the CPU. ids [R]; logprobs of the rows that asked for them."""
 
-    drawn: Drawn
     ids: Tensor
+    logprobs: LogprobRows | None
     arrived: torch.cuda.Event | None
 
     def wait(self) -> tuple[list[int], list[TokenLogprobs | None] | None]:
@@ -31,21 +34,38 @@ class Pending:
         if self.arrived is not None:
             self.arrived.synchronize()
         ids: list[int] = self.ids.tolist()
-        rows = self.drawn.logprobs
+        rows = self.logprobs
         return ids, None if rows is None else _read_logprobs(rows, ids)
 
 
 class Runner:
-    """Holds the model, its cache and the state of running sequences; steps are launched in order."""
+    """Holds the model, its cache and the state of running sequences; steps are launched in order.
 
-    def __init__(self, built: BuiltModel, cache: tuple[LayerCache, ...], num_slots: int) -> None:
+    buckets: numbers of rows that decode steps are padded to, as `DecodeSteps` takes them.
+    """
+
+    def __init__(
+        self,
+        built: BuiltModel,
+        cache: tuple[LayerCache, ...],
+        *,
+        num_slots: int,
+        max_blocks: int,
+        block_size: int,
+        buckets: Sequence[int] = (),
+    ) -> None:
+        build = built.build
         self._model = built.model
-        self._device = built.build.device
+        self._device = build.device
         self._cache = cache
-        self._sampler = Sampler(built.build, num_slots, built.config.vocab_size)
-        self._drawn = torch.zeros(0, dtype=torch.int64, device=self._device)
+        self._sampler = Sampler(build, num_slots, built.config.vocab_size)
+        self._state = SlotState(build, num_slots, max_blocks, block_size)
+        self._decodes = DecodeSteps(built.model, cache, self._state, self._sampler, buckets)
+        self._decoding: list[int] | None = None  # the slots that the decode steps' rows stand for
         self._media: dict[tuple[int, int], SequenceMedia] = {}
         self._encoded: dict[tuple[int, int], Tensor] = {}
+        self.watch_logits: Callable[[Tensor], None] | None = None
+        """Called with the logits [R, V] of each step; they are valid until the next one is launched."""
 
     @torch.inference_mode()
     def launch(self, step: StepInput) -> Pending:
@@ -53,41 +73,87 @@ class Runner:
         for new in step.new:
             self._sampler.admit(new)
             self._admit_media(new.slot, new.media)
-        logits = self.logits(step)
-        drawn = Drawn(self._drawn[:0], None)
-        if step.logit_rows:
-            drawn = self._sampler.draw(logits, step.row_slots, step.row_steps)
-        self._drawn = drawn.ids
-        return self._send_back(drawn)
+            self._decoding = None
+        if step.pieces:
+            slots, drawn = self._run_pieces(step)
+        else:
+            slots, drawn = self._run_decodes(step)
+        if self.watch_logits is not None:
+            self.watch_logits(drawn.logits[: len(slots)])
+        return self._send_back(*self._finish(slots, drawn))
 
     @torch.inference_mode()
-    def logits(self, step: StepInput) -> Tensor:
-        """The forward of a step: [R, V] in the model's dtype."""
-        ctx = self._context(step)
-        return self._model.logits(self._model.forward(self._batch(step), ctx))
-
-    def _batch(self, step: StepInput) -> Batch:
-        token_ids = self._integers(step.token_ids)
-        if any(row >= 0 for row in step.previous_rows):
-            previous = self._integers(step.previous_rows)
-            token_ids = torch.where(previous >= 0, self._drawn[previous.clamp(min=0)], token_ids)
-        return Batch(token_ids, self._integers(step.positions), self._media_rows(step.media))
-
-    def _context(self, step: StepInput) -> ForwardContext:
-        widest = max(len(blocks) for blocks in step.block_table)
-        table = [blocks + [0] * (widest - len(blocks)) for blocks in step.block_table]
-        starts = step.query_start
+    def logits(self, token_ids: Sequence[int]) -> Tensor:
+        """The logits [T, V] of one sequence in the first blocks of a cache that nothing else uses."""
+        count = len(token_ids)
+        block_size = self._state.block_size
+        positions = torch.arange(count, device=self._device)
         pages = Pages(
-            query_start=self._integers(starts, torch.int32),
-            kv_length=self._integers(step.kv_length, torch.int32),
-            block_table=self._integers(table, torch.int32),
-            max_query=max(end - start for start, end in pairwise(starts)),
+            query_start=torch.tensor([0, count], dtype=torch.int32, device=self._device),
+            kv_length=torch.tensor([count], dtype=torch.int32, device=self._device),
+            block_table=torch.arange(-(-count // block_size), dtype=torch.int32, device=self._device).unsqueeze(0),
+            max_query=count,
+            prefills=(Prefill(0, 0, count, count),),
         )
-        return ForwardContext(pages, self._integers(step.slots), self._integers(step.logit_rows), self._cache)
+        ctx = ForwardContext(pages, positions, None, self._cache)
+        batch = Batch(torch.tensor(token_ids, dtype=torch.int64, device=self._device), positions)
+        return self._model.logits(self._model.forward(batch, ctx))
 
-    def _integers(self, values: Sequence[object], dtype: torch.dtype = torch.int64) -> Tensor:
-        pinned = self._device.type == "cuda"
-        return torch.tensor(values, dtype=dtype, pin_memory=pinned).to(self._device, non_blocking=True)
+    def _run_decodes(self, step: StepInput) -> tuple[list[int], DrawnRows]:
+        """A step of decodes alone, which needs nothing of the CPU but what has changed since the last one."""
+        is_new = step.decodes != self._decoding
+        rows = self._decodes.arrays(step.decodes) if is_new else []
+        blocks = self._state.new_blocks(step.blocks) if step.blocks else ()
+        if rows or blocks:
+            sent, arrays = send([*rows, *blocks], self._device)
+            if is_new:
+                self._decodes.take_rows(sent)
+                self._decoding = step.decodes
+            if blocks:
+                self._state.write_blocks(*arrays[len(rows) :])
+        return step.decodes, self._decodes.run(len(step.decodes))
+
+    def _run_pieces(self, step: StepInput) -> tuple[list[int], DrawnRows]:
+        """A step with pieces of prompts: its rows are those of the decodes, then those of each piece."""
+        state, num_decodes = self._state, len(step.decodes)
+        slots = [*step.decodes, *(piece.slot for piece in step.pieces if piece.draws >= 0)]
+        row_slots = _integers(slots)
+        host = [*state.new_blocks(step.blocks), row_slots, *self._sampler.settings(row_slots)]
+        _, arrays = send([*host, *_piece_arrays(step, state)], self._device)
+        state.write_blocks(*arrays[:2])
+        of_rows, settings = arrays[2], Settings(*arrays[3:8])
+        owners, query_start, logit_rows, *known, ends = arrays[8:]
+        state.fill_rows(owners, first_row=num_decodes)
+        if num_decodes:
+            of_decodes = state.advance(of_rows[:num_decodes])
+            known = [torch.cat(pair) for pair in zip(of_decodes, known, strict=True)]
+        token_ids, positions, cache_slots, kv_length, steps = known
+        num_rows = num_decodes + len(step.pieces)
+        pages = Pages(
+            query_start,
+            kv_length,
+            state.row_table[:num_rows],
+            max_query=max(len(piece.token_ids) for piece in step.pieces),
+            num_decodes=num_decodes,
+            prefills=tuple(_prefills(step)),
+        )
+        ctx = ForwardContext(pages, cache_slots, logit_rows, self._cache)
+        batch = Batch(token_ids, positions, self._media_rows(step.media))
+        logits = self._model.logits(self._model.forward(batch, ctx))
+        ids = self._sampler.draw(logits, settings, steps)
+        state.record(of_rows, ids)
+        state.begin(of_rows[num_decodes:], ends, steps[num_decodes:] + 1)
+        return slots, DrawnRows(ids, logits, settings, steps)
+
+    def _finish(self, slots: Sequence[int], drawn: DrawnRows) -> tuple[Tensor, LogprobRows | None]:
+        """The step's ids [R], drawn again where a row changes its logits, and the log probabilities asked for."""
+        ids = drawn.ids[: len(slots)]
+        changed = self._sampler.changed_rows(slots)
+        if changed:
+            rows, slots_of_rows, again = self._sampler.redraw(drawn.logits, changed, slots, drawn.settings, drawn.steps)
+            ids = ids.index_copy(0, rows, again)
+            self._state.record(slots_of_rows, again)
+        return ids, self._sampler.logprobs(drawn.logits, ids, slots)
 
     def _admit_media(self, slot: int, media: Sequence[SequenceMedia]) -> None:
         for table in (self._media, self._encoded):
@@ -118,14 +184,66 @@ class Runner:
             items = [torch.from_numpy(self._media[key].array()).to(self._device) for key in wanted]
             self._encoded.update(zip(wanted, self._model.encode(kind, items), strict=True))
 
-    def _send_back(self, drawn: Drawn) -> Pending:
+    def _send_back(self, ids: Tensor, logprobs: LogprobRows | None) -> Pending:
         if self._device.type != "cuda":
-            return Pending(drawn, drawn.ids, None)
-        ids = torch.empty(drawn.ids.shape, dtype=torch.int64, pin_memory=True)
-        ids.copy_(drawn.ids, non_blocking=True)
+            return Pending(ids, logprobs, None)
+        if logprobs is not None:
+            logprobs = replace(
+                logprobs,
+                drawn=_landing(logprobs.drawn),
+                rank=_landing(logprobs.rank),
+                values=_landing(logprobs.values),
+                token_ids=_landing(logprobs.token_ids),
+            )
+        landing = _landing(ids)
         arrived = torch.cuda.Event()
         arrived.record()
-        return Pending(drawn, ids, arrived)
+        return Pending(landing, logprobs, arrived)
+
+
+def _piece_arrays(step: StepInput, state: SlotState) -> list[Array]:
+    """What the device does not know of a step with pieces.
+
+    Slots of the pieces [P]; query_start [S + 1]; logit_rows [R]; then what `advance` gives for decodes: token ids,
+    positions and cache slots of the pieces' rows, entries after the step of each piece, which token each piece that
+    draws does draw; at last the entries of those pieces.
+    """
+    pieces, num_decodes = step.pieces, len(step.decodes)
+    positions = [numpy.arange(piece.start, piece.start + len(piece.token_ids)) for piece in pieces]
+    ends = numpy.array([piece.start + len(piece.token_ids) for piece in pieces], dtype=numpy.int32)
+    draws = numpy.array([piece.draws for piece in pieces], dtype=numpy.int64)
+    counts = numpy.array([1] * num_decodes + [len(piece.token_ids) for piece in pieces], dtype=numpy.int32)
+    starts = numpy.concatenate([[0], counts.cumsum()]).astype(numpy.int32)
+    draws_one = numpy.concatenate([numpy.ones(num_decodes, dtype=bool), draws >= 0])
+    return [
+        _integers([piece.slot for piece in pieces]),
+        starts,
+        starts[1:][draws_one].astype(numpy.int64) - 1,
+        _integers([token_id for piece in pieces for token_id in piece.token_ids]),
+        numpy.concatenate(positions),
+        numpy.concatenate([state.cache_slots(p.slot, where) for p, where in zip(pieces, positions, strict=True)]),
+        ends,
+        draws[draws >= 0],
+        ends[draws >= 0],
+    ]
+
+
+def _prefills(step: StepInput) -> Iterator[Prefill]:
+    row = len(step.decodes)
+    for sequence, piece in enumerate(step.pieces, start=row):
+        count = len(piece.token_ids)
+        yield Prefill(sequence, row, count, piece.start + count)
+        row += count
+
+
+def _integers(values: Sequence[int]) -> NDArray[numpy.int64]:
+    return numpy.array(values, dtype=numpy.int64)
+
+
+def _landing(tensor: Tensor) -> Tensor:
+    """A copy in memory that the device writes to while the CPU goes on."""
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
 
 
 def _read_logprobs(rows: LogprobRows, ids: Sequence[int]) -> list[TokenLogprobs | None]:

@@ -15,7 +15,8 @@ import secrets
 from bisect import insort
 from collections import deque
 from collections.abc import Sequence as Vector
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import repeat
 
 from plexor.errors import ConfigError, PluginError, RequestError
 from plexor.runtime.blocks import BlockPool
@@ -62,30 +63,32 @@ class SchedulerConfig:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """The part of one sequence that a step computes: tokens start to start + length.
+    """The part of a prompt (or of a sequence that starts again) that a step computes: tokens start to start + length.
 
     samples: whether the token after it is drawn, which is so when the piece reaches the sequence's end.
-    previous_row: the row among the previous step's drawn ids that holds the piece's last token, -1 if it is known.
     """
 
     sequence: Sequence
     start: int
     length: int
     samples: bool
-    previous_row: int = -1
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What one step computes. Its sampling rows are its pieces with `samples`, in order.
+    """What one step computes: one token of each of `decodes`, and `pieces` of prompts.
 
-    admitted: sequences that start, or start again after preemption, and are new to the runner.
-    preempted: ids of the requests that lost their blocks. prefix_queries, prefix_hits: tokens looked up and found.
-    started: ids of the requests that start for the first time.
+    rows: the sequences that a token is drawn for, decodes first. blocks: (sequence, index of the first, blocks) of what
+    was allocated or shared for the step. admitted: sequences that start, or start again after preemption, and are new
+    to the runner. preempted: ids of the requests that lost their blocks. prefix_queries, prefix_hits: tokens looked up
+    and found. started: ids of the requests that start for the first time.
     """
 
     step: int
+    decodes: tuple[Sequence, ...]
     pieces: tuple[Piece, ...]
+    rows: tuple[Sequence, ...] = ()
+    blocks: tuple[tuple[Sequence, int, list[int]], ...] = ()
     admitted: tuple[Sequence, ...] = ()
     preempted: tuple[str, ...] = ()
     prefix_queries: int = 0
@@ -95,7 +98,7 @@ class Plan:
     @property
     def num_tokens(self) -> int:
         """Tokens that the step computes."""
-        return sum(piece.length for piece in self.pieces)
+        return len(self.decodes) + sum(piece.length for piece in self.pieces)
 
 
 @dataclass(slots=True)
@@ -103,11 +106,13 @@ class _Draft:
     """A plan while it is made: nothing in it has touched a sequence's counters yet."""
 
     budget: int
-    pieces: list[tuple[Sequence, int]]
-    admitted: list[Sequence]
-    preempted: list[str]
-    computing: set[bytes]  # hashes of the prompt blocks that this step fills
-    started: list[str]
+    decodes: list[Sequence] = field(default_factory=list)
+    pieces: list[tuple[Sequence, int]] = field(default_factory=list)
+    blocks: list[tuple[Sequence, int, list[int]]] = field(default_factory=list)
+    admitted: list[Sequence] = field(default_factory=list)
+    preempted: list[str] = field(default_factory=list)
+    computing: set[bytes] = field(default_factory=set)  # hashes of the prompt blocks that this step fills
+    started: list[str] = field(default_factory=list)
     prefix_queries: int = 0
     prefix_hits: int = 0
 
@@ -119,6 +124,7 @@ class Scheduler:
         self.config = config
         self.pool = BlockPool(config.num_blocks, config.block_size)
         self._running: list[Sequence] = []  # oldest first
+        self._unread: list[Sequence] = []  # those of them that have pieces left to compute, oldest first
         self._waiting: list[Sequence] = []  # oldest first
         self._live: dict[str, Sequence] = {}
         self._launched: deque[Plan] = deque()
@@ -173,12 +179,12 @@ class Scheduler:
         At most one scheduled step may be uncommitted when this is called.
         """
         assert len(self._launched) <= 1, "commit the step before the last one first"
-        draft = _Draft(self.config.max_step_tokens, [], [], [], set(), [])
+        draft = _Draft(self.config.max_step_tokens)
         self._take_decodes(draft)
         self._take_prompts(draft)
         if not draft.preempted:
             self._admit(draft)
-        if not draft.pieces:
+        if not draft.decodes and not draft.pieces:
             return None
         return self._launch(draft)
 
@@ -191,12 +197,11 @@ class Scheduler:
         """
         assert plan is next(iter(self._launched), None), "steps are committed in the order of their scheduling"
         self._launched.popleft()
-        sequences = [piece.sequence for piece in plan.pieces if piece.samples]
-        assert len(sequences) == len(sampled), f"{len(sampled)} tokens were drawn for {len(sequences)} rows"
-        drawn = [None] * len(sampled) if logprobs is None else logprobs
+        assert len(plan.rows) == len(sampled), f"{len(sampled)} tokens were drawn for {len(plan.rows)} rows"
+        drawn = repeat(None) if logprobs is None else logprobs
         return [
             self._append(sequence, token_id, token_logprobs)
-            for sequence, token_id, token_logprobs in zip(sequences, sampled, drawn, strict=True)
+            for sequence, token_id, token_logprobs in zip(plan.rows, sampled, drawn, strict=False)
             if sequence.state is not State.FINISHED
         ]
 
@@ -204,7 +209,7 @@ class Scheduler:
         """The figures of a step, taken right after it was scheduled."""
         return StepStats(
             num_tokens=plan.num_tokens,
-            num_sampled=sum(piece.samples for piece in plan.pieces),
+            num_sampled=len(plan.rows),
             num_running=len(self._running),
             num_waiting=len(self._waiting),
             num_preempted=len(plan.preempted),
@@ -221,6 +226,7 @@ class Scheduler:
         assert all(not sequence.blocks and sequence.slot < 0 for sequence in self._waiting)
         slots = self._free_slots + [sequence.slot for sequence in self._running]
         assert sorted(slots) == list(range(self.config.max_sequences)), "a slot is lost or taken twice"
+        assert self._unread == [sequence for sequence in self._running if not sequence.decodes]
         for sequences in (self._running, self._waiting):
             assert [sequence.order for sequence in sequences] == sorted(sequence.order for sequence in sequences)
         assert {*self._running, *self._waiting} == set(self._live.values())
@@ -247,17 +253,17 @@ class Scheduler:
 
     def _take_decodes(self, draft: _Draft) -> None:
         for sequence in tuple(self._running):
-            is_decode = sequence.state is State.RUNNING and sequence.pending == 1 and not sequence.is_drained
-            if is_decode and self._make_room(sequence, draft):
-                draft.pieces.append((sequence, 1))
-                draft.budget -= 1
+            if sequence.decodes and not sequence.is_drained and self._make_room(sequence, draft):
+                draft.decodes.append(sequence)
+        draft.budget -= len(draft.decodes)
 
     def _make_room(self, sequence: Sequence, draft: _Draft) -> bool:
         """One more cache entry for a sequence; False if the sequence itself was the youngest and had to give way.
 
         A victim is never older than the sequence, and decodes are taken oldest first, so no victim is in the draft.
         """
-        if sequence.computed < len(sequence.blocks) * self.config.block_size:
+        num_blocks = len(sequence.blocks)
+        if sequence.computed < num_blocks * self.config.block_size:
             return True
         while self.pool.num_free == 0:
             victim = self._running[-1]
@@ -265,16 +271,17 @@ class Scheduler:
             draft.preempted.append(victim.request.id)
             if victim is sequence:
                 return False
-        sequence.blocks += self.pool.allocate(1)
+        new = self.pool.allocate(1)
+        sequence.blocks += new
+        draft.blocks.append((sequence, num_blocks, new))
         return True
 
     def _take_prompts(self, draft: _Draft) -> None:
         """Further pieces of prompts whose blocks were allocated when they were admitted."""
-        for sequence in self._running:
+        for sequence in self._unread:
             if draft.budget == 0:
                 return
-            if sequence.pending > 1:
-                self._take_piece(sequence, draft)
+            self._take_piece(sequence, draft)
 
     def _take_piece(self, sequence: Sequence, draft: _Draft) -> None:
         longest = draft.budget if self.config.chunk is None else min(self.config.chunk, draft.budget)
@@ -326,42 +333,52 @@ class Scheduler:
         sequence.slot = self._free_slots.pop()
         sequence.state = State.RUNNING
         insort(self._running, sequence, key=_order)
+        insort(self._unread, sequence, key=_order)
         draft.admitted.append(sequence)
+        draft.blocks.append((sequence, 0, sequence.blocks[:]))
         if self.config.prefix_caching:
             draft.prefix_queries += sequence.length
             draft.prefix_hits += sequence.computed
         self._take_piece(sequence, draft)
 
     def _launch(self, draft: _Draft) -> Plan:
-        pieces, num_rows = [], 0
-        for sequence, length in draft.pieces:
-            start, end = sequence.computed, sequence.computed + length
-            previous_row = -1 if end <= len(sequence.tokens) else sequence.row
-            samples = end == sequence.length
-            pieces.append(Piece(sequence, start, length, samples, previous_row))
-            sequence.computed = end
-            if samples:
-                sequence.in_flight += 1
-                sequence.row = num_rows
-                num_rows += 1
-            self._register(sequence)
+        for sequence in draft.decodes:
+            sequence.computed += 1
+            sequence.in_flight += 1
+        pieces = [self._launch_piece(sequence, length) for sequence, length in draft.pieces]
         plan = Plan(
-            self._num_steps,
-            tuple(pieces),
-            tuple(draft.admitted),
-            tuple(draft.preempted),
-            draft.prefix_queries,
-            draft.prefix_hits,
-            tuple(draft.started),
+            step=self._num_steps,
+            decodes=tuple(draft.decodes),
+            pieces=tuple(pieces),
+            rows=(*draft.decodes, *(piece.sequence for piece in pieces if piece.samples)),
+            blocks=tuple(draft.blocks),
+            admitted=tuple(draft.admitted),
+            preempted=tuple(draft.preempted),
+            prefix_queries=draft.prefix_queries,
+            prefix_hits=draft.prefix_hits,
+            started=tuple(draft.started),
         )
         self._num_steps += 1
         self._launched.append(plan)
         return plan
 
+    def _launch_piece(self, sequence: Sequence, length: int) -> Piece:
+        start = sequence.computed
+        sequence.computed += length
+        samples = sequence.computed == len(sequence.tokens)
+        if samples:
+            sequence.in_flight += 1
+            sequence.decodes = True
+            self._unread.remove(sequence)
+        self._register(sequence)
+        return Piece(sequence, start, length, samples)
+
     def _append(self, sequence: Sequence, token_id: int, logprobs: TokenLogprobs | None) -> Output:
         sequence.in_flight -= 1
         sequence.tokens.append(token_id)
-        self._register(sequence)
+        # A block is complete with its last token, or a step later where no further step is under way.
+        if len(sequence.tokens) % self.config.block_size <= 1:
+            self._register(sequence)
         finish, stop_reason = _reason_to_end(sequence, token_id)
         if finish is not None:
             self._end(sequence)
@@ -403,9 +420,12 @@ class Scheduler:
     def _release(self, sequence: Sequence) -> None:
         self.pool.free(sequence.blocks)
         self._free_slots.append(sequence.slot)
+        if not sequence.decodes:
+            self._unread.remove(sequence)
         sequence.blocks = []
         sequence.computed = 0
         sequence.slot = -1
+        sequence.decodes = False
 
 
 def _order(sequence: Sequence) -> int:

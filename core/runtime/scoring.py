@@ -10,7 +10,6 @@ import torch
 
 from plexor.errors import ConfigError, RequestError
 from plexor.runtime.engine import Engine
-from plexor.runtime.packer import StepInput
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +51,7 @@ def score_text(engine: Engine, text: str, window: int) -> Score:
         )
     total, count = 0.0, 0
     for piece in _windows(token_ids, size):
-        logits = engine.core.logits(_as_step(piece, limits.block_size))
+        logits = engine.core.logits(piece)[:-1]
         wanted = torch.tensor(piece[1:], dtype=torch.int64, device=logits.device)
         total += float(torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="sum").double())
         count += len(wanted)
@@ -63,23 +62,3 @@ def _windows(token_ids: Sequence[int], size: int) -> Iterator[Sequence[int]]:
     """Neighbours share one token, so that every token but the text's first is predicted once."""
     for start in range(0, len(token_ids) - 1, size - 1):
         yield token_ids[start : start + size]
-
-
-def _as_step(token_ids: Sequence[int], block_size: int) -> StepInput:
-    """One sequence in the first blocks of an idle cache, a logit row for each token but the last."""
-    count = len(token_ids)
-    return StepInput(
-        step=0,
-        token_ids=list(token_ids),
-        previous_rows=[-1] * count,
-        positions=list(range(count)),
-        slots=list(range(count)),
-        query_start=[0, count],
-        kv_length=[count],
-        block_table=[list(range(-(-count // block_size)))],
-        logit_rows=list(range(count - 1)),
-        row_slots=[],
-        row_steps=[],
-        new=[],
-        media=[],
-    )

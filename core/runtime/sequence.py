@@ -7,7 +7,8 @@
     [ prompt .............. | generated ...... ][ in flight ]
     [ computed ........................ ]  pending = length - computed
 
-There is no prefill flag: a new prompt, a decode and a sequence that lost its blocks differ only in `pending`.
+There is no prefill flag: a new prompt and a sequence that lost its blocks differ only in `pending`. Once a step has
+drawn for a sequence in its slot, it decodes: each further token is known to the device first.
 """
 
 from __future__ import annotations
@@ -30,13 +31,14 @@ class Sequence:
     """One request under way.
 
     order: place in the line, kept through preemption. limit: tokens it may generate. seed: resolved, so that a resumed
-    sequence draws as before. slot: its row in the sampler's state while it runs. row: its row among the ids drawn in
-    the last step that drew for it. num_registered: leading blocks whose hashes the pool has seen.
+    sequence draws as before. slot: its row in the device's state while it runs. decodes: whether its last token was
+    drawn while it has held this slot. num_registered: leading blocks whose hashes the pool has seen.
     """
 
     __slots__ = (
         "blocks",
         "computed",
+        "decodes",
         "hashes",
         "in_flight",
         "limit",
@@ -45,7 +47,6 @@ class Sequence:
         "num_registered",
         "order",
         "request",
-        "row",
         "seed",
         "slot",
         "state",
@@ -67,7 +68,7 @@ class Sequence:
         self.num_registered = 0
         self.state = State.WAITING
         self.slot = -1
-        self.row = -1
+        self.decodes = False
 
     @property
     def length(self) -> int:
@@ -80,14 +81,9 @@ class Sequence:
         return self.length - self.computed
 
     @property
-    def num_generated(self) -> int:
-        """Generated tokens, the one in flight included: the index of the next one to draw."""
-        return self.length - self.num_prompt
-
-    @property
     def is_drained(self) -> bool:
         """Whether its last token is already in flight, so that no further step is for it."""
-        return self.num_generated >= self.limit
+        return len(self.tokens) + self.in_flight - self.num_prompt >= self.limit
 
     def extend_hashes(self, block_size: int) -> None:
         """Hashes the blocks that known tokens have filled since the last call."""

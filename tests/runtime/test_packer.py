@@ -6,7 +6,7 @@ import msgspec
 import numpy
 import torch
 
-from plexor.runtime.packer import MediaSpan, StepInput, pack
+from plexor.runtime.packer import KnownPiece, MediaSpan, NewBlocks, StepInput, pack
 from plexor.runtime.request import Media, Request, SamplingParams
 from plexor.runtime.scheduler import Piece, Plan, Scheduler, SchedulerConfig
 from plexor.runtime.sequence import Sequence
@@ -22,37 +22,30 @@ def make_sequence(
     return sequence
 
 
-def test_prompt_pieces_and_decodes_lie_side_by_side() -> None:
+def test_decodes_come_first_and_bring_nothing_but_their_slots() -> None:
     prompt = make_sequence([17, 18, 3, 99, 42, 5], 6, blocks=[9, 2], slot=1)
     decode = make_sequence([1, 2, 3, 4], 3, blocks=[6, 5], slot=0)
-    known = make_sequence([8, 7], 1, blocks=[3], slot=2)
-    plan = Plan(4, (Piece(prompt, 1, 4, False), Piece(decode, 4, 1, True, 2), Piece(known, 1, 1, True)))
-    step = pack(plan, block_size=4)
-    assert step == StepInput(
+    resumed = make_sequence([8, 7], 1, blocks=[3], slot=2)
+    plan = Plan(
         step=4,
-        token_ids=[18, 3, 99, 42, 0, 7],
-        previous_rows=[-1, -1, -1, -1, 2, -1],
-        positions=[1, 2, 3, 4, 4, 1],
-        slots=[37, 38, 39, 8, 20, 13],
-        query_start=[0, 4, 5, 6],
-        kv_length=[5, 5, 2],
-        block_table=[[9, 2], [6, 5], [3]],
-        logit_rows=[4, 5],
-        row_slots=[0, 2],
-        row_steps=[2, 1],
+        decodes=(decode,),
+        pieces=(Piece(prompt, 1, 4, False), Piece(resumed, 1, 1, True)),
+        rows=(decode, resumed),
+        blocks=((decode, 1, [5]), (resumed, 0, [3])),
+    )
+    assert pack(plan) == StepInput(
+        step=4,
+        decodes=[0],
+        pieces=[KnownPiece(1, 1, [18, 3, 99, 42], -1), KnownPiece(2, 1, [7], 1)],
+        blocks=[NewBlocks(0, 1, [5]), NewBlocks(2, 0, [3])],
         new=[],
         media=[],
     )
 
 
-def test_a_block_table_ends_where_the_piece_ends() -> None:
-    sequence = make_sequence(list(range(12)), 12, blocks=[4, 5, 6], slot=0)
-    assert pack(Plan(0, (Piece(sequence, 0, 5, False),)), block_size=4).block_table == [[4, 5]]
-
-
 def test_a_resumed_sequence_brings_what_it_has_generated() -> None:
     sequence = make_sequence([1, 2, 3, 4, 5], 3, blocks=[0, 1], slot=2)
-    (new,) = pack(Plan(0, (Piece(sequence, 0, 5, True),), admitted=(sequence,)), block_size=4).new
+    (new,) = pack(Plan(0, (), (Piece(sequence, 0, 5, True),), admitted=(sequence,))).new
     assert (new.slot, new.request_id, new.prompt_ids, new.generated_ids) == (2, "a", [1, 2, 3], [4, 5])
     assert (new.sampling, new.seed, new.end_ids) == (SamplingParams(top_k=3), 5, (7,))
 
@@ -63,7 +56,7 @@ def test_media_follow_their_placeholders_through_chunks() -> None:
     other = make_sequence([1], 1, blocks=[7], slot=0)
     sequence = make_sequence(list(range(10)), 10, blocks=[0, 1, 2], slot=3, media=media)
     pieces = [Piece(sequence, 0, 5, False), Piece(sequence, 5, 5, True)]
-    spans = [pack(Plan(0, (Piece(other, 0, 1, True), piece)), block_size=4).media for piece in pieces]
+    spans = [pack(Plan(0, (other,), (piece,))).media for piece in pieces]
     assert spans[0] == [
         MediaSpan(slot=3, index=0, first=0, row=1, count=2),
         MediaSpan(slot=3, index=1, first=0, row=4, count=2),
@@ -75,7 +68,7 @@ def test_media_travel_as_bytes_and_cached_ones_stay_behind() -> None:
     pixels = torch.arange(6, dtype=torch.float32).reshape(1, 2, 3)
     media = (Media("image", 0, 4, b"one", pixels), Media("image", 5, 2, b"two", pixels.transpose(1, 2)))
     sequence = make_sequence(list(range(10)), 10, blocks=[0, 1, 2], slot=3, media=media)
-    step = pack(Plan(0, (Piece(sequence, 4, 6, True),), admitted=(sequence,)), block_size=4)
+    step = pack(Plan(0, (), (Piece(sequence, 4, 6, True),), admitted=(sequence,)))
     arrived = msgspec.msgpack.decode(msgspec.msgpack.encode(step), type=StepInput)
     assert arrived == step
     ((second,),) = [new.media for new in arrived.new]
@@ -90,5 +83,6 @@ def test_a_scheduled_step_packs() -> None:
     first, second = scheduler.schedule(), scheduler.schedule()
     assert first is not None
     assert second is not None
-    step = pack(second, block_size=4)
-    assert (step.token_ids, step.previous_rows, step.positions, step.row_steps) == ([0], [0], [3], [1])
+    slot = scheduler._running[0].slot
+    assert pack(first).pieces == [KnownPiece(slot, 0, [1, 2, 3], 0)]
+    assert (pack(second).decodes, pack(second).pieces) == ([slot], [])

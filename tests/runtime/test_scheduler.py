@@ -34,62 +34,73 @@ def draw(text: Text, seed: int, step: int) -> int:
 
 
 @dataclass
+class State:
+    """What the device knows of the sequence in a slot: as plexor.runtime.state.SlotState."""
+
+    new: NewSequence
+    blocks: list[int] = field(default_factory=list)
+    token: int | None = None
+    length: int = 0
+    num_drawn: int = 0
+
+
+@dataclass
 class Device:
-    """Runs packed steps in the order of their launch."""
+    """Runs packed steps in the order of their launch, from what they bring and what it kept of earlier ones."""
 
     block_size: int
     cache: dict[int, Text] = field(default_factory=dict)
-    sampled: list[int] = field(default_factory=list)
-    sequences: dict[int, NewSequence] = field(default_factory=dict)
+    slots: dict[int, State] = field(default_factory=dict)
 
     def run(self, step: StepInput) -> list[int]:
+        """The drawn tokens. A text is what the cache held before the step, then the step's own tokens."""
         for new in step.new:
-            self.sequences[new.slot] = new
-        items = self._items(step)
-        texts = [self._extend(step, index, items) for index in range(len(step.kv_length))]
-        for index, text in enumerate(texts):
-            start, end = step.query_start[index : index + 2]
-            for row, position in zip(range(start, end), range(len(text) - (end - start), len(text)), strict=True):
-                assert step.positions[row] == position
-                self.cache[step.slots[row]] = text[: position + 1]
-        for index, text in enumerate(texts):
-            assert self._read(step, index, len(text)) == text, "a token of this step was overwritten"
-        rows = zip(step.logit_rows, step.row_slots, step.row_steps, strict=True)
-        self.sampled = [self._draw(step, texts, *row) for row in rows]
-        return self.sampled
+            self.slots[new.slot] = State(new, num_drawn=len(new.generated_ids))
+        for part in step.blocks:
+            state = self.slots[part.slot]
+            assert len(state.blocks) == part.first, "a block is missing, or sent twice"
+            state.blocks += part.blocks
+        rows = [(slot, self._decode(self.slots[slot]), True) for slot in step.decodes]
+        rows += [(piece.slot, self._piece(step, index), piece.draws >= 0) for index, piece in enumerate(step.pieces)]
+        counts = [1] * len(step.decodes) + [len(piece.token_ids) for piece in step.pieces]
+        for (slot, text, _), count in zip(rows, counts, strict=True):
+            for position in range(len(text) - count, len(text)):
+                self.cache[self._place(self.slots[slot], position)] = text[: position + 1]
+        for slot, text, _ in rows:
+            assert self._read(self.slots[slot], len(text)) == text, "a token of this step was overwritten"
+        return [self._draw(self.slots[slot], text) for slot, text, draws in rows if draws]
 
-    def _items(self, step: StepInput) -> list[Item]:
-        items = [
-            (token_id if previous < 0 else self.sampled[previous], b"", 0)
-            for token_id, previous in zip(step.token_ids, step.previous_rows, strict=True)
-        ]
+    def _decode(self, state: State) -> Text:
+        assert state.token is not None, "a decode of a sequence that nothing was drawn for"
+        return (*self._read(state, state.length), (state.token, b"", 0))
+
+    def _piece(self, step: StepInput, index: int) -> Text:
+        piece, first_row = step.pieces[index], len(step.decodes) + sum(len(p.token_ids) for p in step.pieces[:index])
+        state, items = self.slots[piece.slot], [(token_id, b"", 0) for token_id in piece.token_ids]
         for span in step.media:
-            (medium,) = [medium for medium in self.sequences[span.slot].media if medium.index == span.index]
-            for offset in range(span.count):
-                items[span.row + offset] = (items[span.row + offset][0], medium.digest, span.first + offset)
-        return items
+            if span.slot == piece.slot:
+                (medium,) = [medium for medium in state.new.media if medium.index == span.index]
+                for offset in range(span.count):
+                    row = span.row - first_row + offset
+                    items[row] = (items[row][0], medium.digest, span.first + offset)
+        assert piece.draws in (-1, state.num_drawn)
+        return self._read(state, piece.start) + tuple(items)
 
-    def _extend(self, step: StepInput, index: int, items: list[Item]) -> Text:
-        """The text of one sequence: what the cache held before this step, then the step's own tokens."""
-        start, end = step.query_start[index : index + 2]
-        return self._read(step, index, step.kv_length[index] - (end - start)) + tuple(items[start:end])
-
-    def _read(self, step: StepInput, index: int, length: int) -> Text:
-        blocks = step.block_table[index]
-        assert len(blocks) == -(-step.kv_length[index] // self.block_size)
-        entries = [
-            self.cache[blocks[position // self.block_size] * self.block_size + position % self.block_size]
-            for position in range(length)
-        ]
+    def _read(self, state: State, length: int) -> Text:
+        entries = [self.cache[self._place(state, position)] for position in range(length)]
         assert all(entry == entries[-1][: position + 1] for position, entry in enumerate(entries)), "a stale entry"
         return entries[-1] if entries else ()
 
-    def _draw(self, step: StepInput, texts: list[Text], row: int, slot: int, row_step: int) -> int:
-        (index,) = [i for i, end in enumerate(step.query_start[1:]) if end == row + 1]
-        sequence = self.sequences[slot]
-        assert len(texts[index]) == len(sequence.prompt_ids) + row_step
-        assert [item[0] for item in texts[index][: len(sequence.prompt_ids)]] == sequence.prompt_ids
-        return draw(texts[index], sequence.seed, row_step)
+    def _place(self, state: State, position: int) -> int:
+        return state.blocks[position // self.block_size] * self.block_size + position % self.block_size
+
+    def _draw(self, state: State, text: Text) -> int:
+        prompt = state.new.prompt_ids
+        assert len(text) == len(prompt) + state.num_drawn
+        assert [item[0] for item in text[: len(prompt)]] == prompt
+        state.token, state.length = draw(text, state.new.seed, state.num_drawn), len(text)
+        state.num_drawn += 1
+        return state.token
 
 
 def text_of(request: Request) -> Text:
@@ -146,8 +157,9 @@ class Run:
             assert self.launched or not self.scheduler.has_work, "there is work, but nothing is computed"
         else:
             assert 0 < plan.num_tokens <= self.config.max_step_tokens
-            assert len({piece.sequence for piece in plan.pieces}) == len(plan.pieces) <= self.config.max_sequences
-            packed = pack(plan, block_size=self.config.block_size)
+            sequences = [*plan.decodes, *(piece.sequence for piece in plan.pieces)]
+            assert len(set(sequences)) == len(sequences) <= self.config.max_sequences
+            packed = pack(plan)
             packed = msgspec.msgpack.decode(msgspec.msgpack.encode(packed), type=StepInput)
             self.launched.append((plan, self.device.run(packed)))
             self.plans.append(plan)
@@ -271,10 +283,8 @@ def test_decodes_never_wait_behind_a_prompt() -> None:
     run.add(make_request("long", [1] * 40))
     for _ in range(6):
         run.step(ahead=False)
-        assert [(piece.sequence.request.id, piece.length) for piece in run.plans[-1].pieces] == [
-            ("short", 1),
-            ("long", 5),
-        ]
+        assert [sequence.request.id for sequence in run.plans[-1].decodes] == ["short"]
+        assert [(piece.sequence.request.id, piece.length) for piece in run.plans[-1].pieces] == [("long", 5)]
 
 
 def test_a_prompt_is_cut_into_chunks() -> None:
@@ -290,9 +300,8 @@ def test_running_ahead_draws_no_token_too_many() -> None:
     run.add(make_request("a", [0, 1, 0], max_tokens=5))
     run.add(make_request("b", [1] * 60, max_tokens=None))
     run.finish(ahead=True)
-    rows = [piece.sequence.request.id for plan in run.plans for piece in plan.pieces if piece.samples]
+    rows = [sequence.request.id for plan in run.plans for sequence in plan.rows]
     assert (rows.count("a"), rows.count("b")) == (5, 4)
-    assert any(piece.previous_row >= 0 for plan in run.plans for piece in plan.pieces)
     assert [run.outputs[name][-1].finish for name in "ab"] == ["length", "length"]
 
 
@@ -352,7 +361,7 @@ def test_a_sequence_that_gave_way_waits_for_its_token_in_flight() -> None:
     resumed = scheduler.schedule()
     assert resumed is not None
     assert [(piece.start, piece.length, piece.samples) for piece in resumed.pieces] == [(0, 5, True)]
-    assert pack(resumed, block_size=2).new[0].generated_ids == [0, 1]
+    assert pack(resumed).new[0].generated_ids == [0, 1]
 
 
 def test_a_shared_prompt_is_computed_once_even_in_one_step() -> None:
@@ -360,7 +369,7 @@ def test_a_shared_prompt_is_computed_once_even_in_one_step() -> None:
     for name in "abc":
         run.add(make_request(name, range(18), max_tokens=2))
     run.finish()
-    prompt_tokens = sum(piece.length for plan in run.plans for piece in plan.pieces if piece.start < 18)
+    prompt_tokens = sum(piece.length for plan in run.plans for piece in plan.pieces)
     assert prompt_tokens == 18 + 2 + 2
     assert [run.outputs[name][-1].num_cached_tokens for name in "abc"] == [0, 16, 16]
     assert sum(plan.prefix_hits for plan in run.plans) == 32
