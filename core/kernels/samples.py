@@ -8,7 +8,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from plexor.batch import Pages
+from plexor.batch import Pages, Prefill
 from plexor.kernels.op import Sample
 from plexor.kernels.reference.kv_write import saturated
 
@@ -169,6 +169,33 @@ def paged_attention(device: torch.device, dtype: torch.dtype) -> Iterable[Sample
     yield attention_sample(make, "decodes and padding", [(1, 8), (1, 20)], (4, 2, 16), 7, dtype, num_padding=2)
     yield attention_sample(make, "queries inside a fused projection", pieces, (4, 2, 16), None, dtype, fused=True)
     yield attention_sample(make, "blocks of 32", pieces, (4, 2, 16), 20, dtype, block_size=32)
+    yield from attention_samples_with_decodes(make, dtype)
+
+
+def attention_samples_with_decodes(make: Maker, dtype: torch.dtype) -> Iterable[Sample]:
+    """Pages that say which sequences have one row: as long as several programs share, or empty as in a fixed batch."""
+    heads = (6, 2, 24)
+    decodes = [(1, 1), (1, 900), (1, 0), (1, 64), (1, 65), (1, 257)]
+    for window in (None, 1, 200):
+        name = f"known decodes, window {window}"
+        yield attention_sample(make, name, decodes, heads, window, dtype, num_decodes=6, num_padding=2)
+    yield attention_sample(make, "one long decode", [(1, 1500)], (8, 1, 64), None, dtype, num_decodes=1)
+    yield attention_sample(
+        make, "more groups than programs", [(1, 300), (1, 5)], (34, 34, 16), None, dtype, num_decodes=2
+    )
+    yield attention_sample(make, "wide known decodes", [(1, 400), (1, 33)], (4, 1, 256), None, dtype, num_decodes=2)
+    for block_size in (1, 24, 128):
+        name = f"known decodes, blocks of {block_size}"
+        yield attention_sample(
+            make, name, [(1, 300), (1, 17)], (4, 2, 80), None, dtype, num_decodes=2, block_size=block_size, fused=True
+        )
+    mixed = [(1, 300), (1, 7), (7, 40), (0, 0), (1, 12), (33, 33)]
+    for window in (None, 19):
+        name = f"known decodes before pieces, window {window}"
+        yield attention_sample(make, name, mixed, heads, window, dtype, num_decodes=2, num_padding=3)
+    for storage in storages(dtype)[1:]:
+        name = f"known decodes, cache of {name_of(storage)}"
+        yield attention_sample(make, name, mixed, (8, 2, 128), None, storage, num_decodes=2)
 
 
 def attention_sample(
@@ -181,8 +208,12 @@ def attention_sample(
     num_padding: int = 0,
     fused: bool = False,
     block_size: int = BLOCK_SIZE,
+    num_decodes: int | None = None,
 ) -> Sample:
-    """A call of paged_attention; pieces: (rows, entries) of each sequence; heads: (query heads, KV heads, size)."""
+    """A call of paged_attention; pieces: (rows, entries) of each sequence; heads: (query heads, KV heads, size).
+
+    num_decodes: what the pages say of them, and of the pieces after them; None for pages that say nothing.
+    """
     num_heads, num_kv_heads, size = heads
     num_rows = sum(rows for rows, _ in pieces)
     width = num_heads + 2 if fused else num_heads
@@ -198,14 +229,19 @@ def attention_sample(
         for part in cache.values():
             for position in range(entries):
                 part[own[position // block_size], position % block_size] = make.normal(num_kv_heads, size).float()
+    starts = [0, *accumulate(rows for rows, _ in pieces)]
+    told = len(pieces) if num_decodes is None else num_decodes
+    prefills = tuple(Prefill(s, starts[s], *pieces[s]) for s in range(told, len(pieces)))
     args = (
         q,
         {part: saturated(entries, storage) for part, entries in cache.items()},
         Pages(
-            query_start=make.integers([0, *accumulate(rows for rows, _ in pieces)], torch.int32),
+            query_start=make.integers(starts, torch.int32),
             kv_length=make.integers([entries for _, entries in pieces], torch.int32),
             block_table=table.to(make.device),
             max_query=max([rows for rows, _ in pieces], default=1),
+            num_decodes=num_decodes or 0,
+            prefills=prefills,
         ),
         size**-0.5,
         window,
@@ -288,10 +324,10 @@ def norm_rotary_linear(device: torch.device, dtype: torch.dtype) -> Iterable[Sam
             ("no tokens", [], 16, 4, 2, 16, 16, False),
             ("one token", [17], 64, 1, 1, 64, 64, False),
             ("only padding", [-1], 32, 2, 1, 16, 16, False),
-            ("two tokens, three query heads to a KV head", [20, 3], 72, 6, 2, 24, 24, True),
+            ("two tokens, three query heads to a KV head", [20, 3], 72, 6, 2, 8, 8, True),
             ("three tokens, one is padding", [20, -1, 0], 33, 2, 2, 10, 10, False),
-            ("partial rotary", [1, 40], 48, 4, 4, 80, 32, True),
-            ("four tokens", [44, 45, 2, 9], 128, 8, 2, 128, 128, False),
+            ("partial rotary", [1, 40], 48, 2, 2, 20, 8, True),
+            ("four tokens", [44, 45, 2, 9], 128, 3, 1, 32, 32, False),
             ("five tokens", [5, 4, 3, 2, 1], 64, 4, 1, 32, 32, False),
             ("sixteen tokens", [*range(8, 23), -1], 96, 3, 1, 16, 16, True),
             ("seventeen tokens", list(range(30, 47)), 64, 2, 2, 32, 32, False),

@@ -32,10 +32,15 @@ class Decodes:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A step's attention: prefill pieces (start, end, sequence, entries), groups of decodes, where padding begins."""
+    """A step's attention.
+
+    pieces: (start, end, sequence, entries) of prefills. empty: rows of sequences without entries. end: where padding
+    begins.
+    """
 
     pieces: tuple[tuple[int, int, int, int], ...]
     decodes: tuple[Decodes, ...]
+    empty: tuple[int, ...]
     end: int
 
 
@@ -48,6 +53,8 @@ def paged_attention(q: Tensor, cache: LayerCache, pages: Pages, scale: float, wi
     plan: Plan = pages.memo[key]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     out[plan.end :] = 0
+    for row in plan.empty:
+        out[row] = 0
     for start, end, sequence, length in plan.pieces:
         keys, values = sequence_entries(cache, pages.block_table[sequence], length, q.dtype)
         out[start:end] = attend_piece(q[start:end], keys, values, scale, window)
@@ -64,7 +71,8 @@ def make_plan(pages: Pages, window: int | None, block_size: int, entry_size: int
     starts, lengths = pages.query_start.tolist(), pages.kv_length.tolist()
     spans = [(starts[s], starts[s + 1], s, length) for s, length in enumerate(lengths)]
     pieces = tuple(span for span in spans if span[1] - span[0] > 1)
-    single = [sequence for start, end, sequence, _ in spans if end - start == 1]
+    single = [sequence for start, end, sequence, length in spans if end - start == 1 and length > 0]
+    empty = tuple(start for start, end, _, length in spans if end - start == 1 and length == 0)
     decodes = []
     for chunk in chunks(single, lengths, entry_size, window):
         everything = len(chunk) == len(lengths)
@@ -73,7 +81,7 @@ def make_plan(pages: Pages, window: int | None, block_size: int, entry_size: int
             pages.block_table[picked], pages.kv_length[picked], lengths[chunk[0]], window, block_size
         )
         decodes.append(Decodes(None if everything else pages.query_start[picked], len(chunk), slots, visible))
-    return Plan(pieces, tuple(decodes), starts[-1])
+    return Plan(pieces, tuple(decodes), empty, starts[-1])
 
 
 def decode_slots(

@@ -21,7 +21,8 @@ def paged_attention(
     block_table[s]. Its rows are its last positions: row i of n stands at
     kv_length[s] - n + i. A row sees the positions up to its own; with a window, only the last `window` of them, its
     own included. Query head h reads KV head h // (N / K). Cache entries are widened to float32 and the softmax is
-    float32. Rows beyond query_start[-1] are padding and come back as zeros.
+    float32. Rows beyond query_start[-1] are padding and come back as zeros, as does the one row of a sequence without
+    entries.
     """
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     starts, lengths = pages.query_start.tolist(), pages.kv_length.tolist()

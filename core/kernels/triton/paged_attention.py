@@ -1,154 +1,46 @@
-"""Paged attention with a running softmax (Dao et al. 2022, arXiv 2205.14135) over prefill pieces and decodes alike."""
+"""Paged attention: the step's decodes in one launch, all other sequences in another."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from plexor.batch import LayerCache, Pages
-from plexor.kernels.triton.ragged import find_owner, tile_rows
-
-LOG2_E = 1.4426950408889634
-
-
-@triton.jit(do_not_specialize=["num_rows", "num_sequences", "block_table_stride"])
-def paged_attention_kernel(
-    q,
-    keys,
-    values,
-    block_table,
-    query_end,
-    kv_length,
-    out,
-    num_rows,
-    num_sequences,
-    block_table_stride,
-    block_size,
-    head_size,
-    q_row_stride,
-    q_head_stride,
-    out_row_stride,
-    entry_stride,
-    scale_log2,
-    window,
-    GROUP: tl.constexpr,
-    TILE: tl.constexpr,
-    HEADS_AND_ROWS: tl.constexpr,
-    POSITIONS: tl.constexpr,
-    SIZE: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    WINDOWED: tl.constexpr,
-):
-    """One program: TILE rows of a sequence times the GROUP query heads that share a KV head."""
-    tile = tl.program_id(0)
-    kv_head = tl.program_id(1)
-    sequence = find_owner(query_end, num_sequences, tile, TILE)
-    first, end = tile_rows(query_end, num_sequences, num_rows, sequence, tile, TILE)
-    if first >= end:
-        return
-    lane = tl.arange(0, HEADS_AND_ROWS)
-    row = first + lane // GROUP
-    head = kv_head * GROUP + lane % GROUP
-    used = (lane < TILE * GROUP) & (row < end)
-    feature = tl.arange(0, SIZE)
-    present = feature < head_size
-    target = out + row.to(tl.int64)[:, None] * out_row_stride + head[:, None] * head_size + feature[None, :]
-    stored = used[:, None] & present[None, :]
-    if sequence == num_sequences:
-        tl.store(target, tl.zeros((HEADS_AND_ROWS, SIZE), dtype=out.dtype.element_ty), mask=stored)
-        return
-    length = tl.load(kv_length + sequence)
-    own = length - end + row
-    source = q + row.to(tl.int64)[:, None] * q_row_stride + head[:, None] * q_head_stride + feature[None, :]
-    queries = tl.load(source, mask=stored, other=0.0).to(COMPUTE)
-    best = tl.full((HEADS_AND_ROWS,), float("-inf"), dtype=tl.float32)
-    mass = tl.zeros((HEADS_AND_ROWS,), dtype=tl.float32)
-    total = tl.zeros((HEADS_AND_ROWS, SIZE), dtype=tl.float32)
-    stop = length - end + tl.minimum(first + TILE, end)
-    begin = stop * 0
-    if WINDOWED:
-        begin = tl.maximum(length - end + first - window + 1, 0) // POSITIONS * POSITIONS
-    for start in range(begin, stop, POSITIONS):
-        position = start + tl.arange(0, POSITIONS)
-        exists = position < stop
-        block = tl.load(block_table + sequence.to(tl.int64) * block_table_stride + position // block_size, exists, 0)
-        entry = (block.to(tl.int64) * block_size + position % block_size) * entry_stride + kv_head * head_size
-        inside = exists[:, None] & present[None, :]
-        key = tl.load(keys + entry[:, None] + feature[None, :], mask=inside, other=0.0).to(COMPUTE)
-        visible = exists[None, :] & (position[None, :] <= own[:, None])
-        if WINDOWED:
-            visible = visible & (position[None, :] > own[:, None] - window)
-        scores = tl.dot(queries, tl.trans(key), input_precision="ieee") * scale_log2
-        scores = tl.where(visible, scores, float("-inf"))
-        new_best = tl.maximum(best, tl.max(scores, axis=1))
-        # A row that has seen nothing yet keeps a best of -inf, which must not be subtracted from itself.
-        base = tl.where(new_best == float("-inf"), 0.0, new_best)
-        weights = tl.exp2(scores - base[:, None])
-        fade = tl.exp2(best - base)
-        value = tl.load(values + entry[:, None] + feature[None, :], mask=inside, other=0.0).to(COMPUTE)
-        mass = mass * fade + tl.sum(weights, axis=1)
-        total = tl.dot(weights.to(COMPUTE), value, total * fade[:, None], input_precision="ieee")
-        best = new_best
-    average = total / tl.where(mass > 0.0, mass, 1.0)[:, None]
-    tl.store(target, average.to(out.dtype.element_ty), mask=stored)
+from plexor.kernels.triton.decode_attention import DecodeAttention
+from plexor.kernels.triton.prefill_attention import prefill_attention
 
 
-def paged_attention(
-    q: Tensor,
-    cache: LayerCache,
-    pages: Pages,
-    scale: float,
-    window: int | None,
-) -> Tensor:
-    """As plexor.kernels.reference.paged_attention; the cache's entries [K, D] are contiguous."""
-    num_rows, num_heads, head_size = q.shape
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    if num_rows == 0:
+class PagedAttention:
+    """The attention of one layer."""
+
+    def __init__(self) -> None:
+        self._attend_decodes = DecodeAttention()
+
+    def __call__(self, q: Tensor, cache: LayerCache, pages: Pages, scale: float, window: int | None) -> Tensor:
+        """As plexor.kernels.reference.paged_attention; the cache's entries [K, D] are contiguous."""
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        num_decodes = pages.num_decodes
+        if num_decodes:
+            self._attend_decodes(
+                q[:num_decodes], cache, pages.block_table, pages.kv_length, scale, window, out[:num_decodes]
+            )
+        if num_decodes == pages.kv_length.shape[0]:
+            out[num_decodes:].zero_()
+        else:
+            prefill_attention(q[num_decodes:], cache, after_decodes(pages), scale, window, out[num_decodes:])
         return out
-    keys, values = cache["keys"], cache["values"]
-    block_size, num_kv_heads = keys.shape[1:3]
-    num_sequences = pages.kv_length.shape[0]
-    group = num_heads // num_kv_heads
-    size = max(16, triton.next_power_of_2(head_size))
-    heads_and_rows = max(16 if pages.max_query == 1 else 128 // q.element_size(), triton.next_power_of_2(group))
-    tile = heads_and_rows // group if pages.max_query > 1 else 1
-    paged_attention_kernel[(num_rows // tile + num_sequences + 1, num_kv_heads)](
-        q,
-        keys,
-        values,
-        pages.block_table,
-        pages.query_start[1:],
-        pages.kv_length,
-        out,
-        num_rows,
-        num_sequences,
-        pages.block_table.stride(0),
-        block_size,
-        head_size,
-        q.stride(0),
-        q.stride(1),
-        out.stride(0),
-        keys.stride(1),
-        scale * LOG2_E,
-        0 if window is None else window,
-        GROUP=group,
-        TILE=tile,
-        HEADS_AND_ROWS=heads_and_rows,
-        POSITIONS=64 if size * q.element_size() <= 256 else 32,
-        SIZE=size,
-        COMPUTE=compute_dtype(q.dtype, keys.dtype),
-        WINDOWED=window is not None,
-        num_warps=4,
-        num_stages=2,
-    )
-    return out
 
 
-def compute_dtype(dtype: torch.dtype, storage: torch.dtype) -> Any:
-    """What the products are made of: the activations' dtype where it holds each stored value, otherwise float32."""
-    names = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-    return names.get(dtype, tl.float32) if storage in (dtype, torch.float8_e4m3fn) else tl.float32
+def after_decodes(pages: Pages) -> Pages:
+    """The sequences after the decodes, their rows counted from their first."""
+    if pages.num_decodes == 0:
+        return pages
+    if __name__ not in pages.memo:
+        pages.memo[__name__] = Pages(
+            query_start=pages.query_start[pages.num_decodes :] - pages.num_decodes,
+            kv_length=pages.kv_length[pages.num_decodes :],
+            block_table=pages.block_table[pages.num_decodes :],
+            max_query=pages.max_query,
+        )
+    rest: Pages = pages.memo[__name__]
+    return rest
