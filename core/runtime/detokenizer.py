@@ -59,7 +59,19 @@ class Detokenizer:
 
     def push(self, token_ids: Iterable[int]) -> str:
         """The text that these tokens complete, which may be empty."""
-        return "".join([self._push(token_id) for token_id in token_ids])
+        known = self._bytes + [token_id for token_id in token_ids if not self._has_no_text(token_id)]
+        end = len(known)
+        while end and known[end - 1] in self._byte_ids:
+            end -= 1
+        new, self._bytes = known[:end], known[end:]
+        if not new:
+            return ""
+        self._unseen += new
+        piece = self._step(new)
+        if piece is None:
+            return ""
+        self._window, self._unseen = self._unseen, []
+        return piece
 
     def flush(self) -> str:
         """The rest at the end of the answer, a replacement character for each one that stays incomplete."""
@@ -71,20 +83,6 @@ class Detokenizer:
         self._window, self._unseen, self._bytes = rest, [], []
         self._stream = DecodeStream(ids=self._window, skip_special_tokens=False)
         return text.removeprefix(given) if text.startswith(given) else self._decode(rest)
-
-    def _push(self, token_id: int) -> str:
-        if self._has_no_text(token_id):
-            return ""
-        self._bytes.append(token_id)
-        if token_id in self._byte_ids:
-            return ""
-        run, self._bytes = self._bytes, []
-        self._unseen += run
-        piece = self._step(run)
-        if piece is None:
-            return ""
-        self._window, self._unseen = self._unseen, []
-        return piece
 
     def _step(self, token_ids: list[int]) -> str | None:
         try:

@@ -47,10 +47,13 @@ class Completion:
 
 @dataclass(slots=True)
 class _Running:
+    """A request under way. unread: tokens whose text nobody has needed yet; None where each step's text is needed."""
+
     request: Request
     answer: Answer
     completion: Completion
     started: float
+    unread: list[int] | None
 
 
 class Engine:
@@ -94,7 +97,7 @@ class Engine:
 
         Leaving the loop early aborts the request.
         """
-        group = self._ask(prompt, sampling or SamplingParams())
+        group = self._ask(prompt, sampling or SamplingParams(), streams=True)
         mine = {running.request.id for running in group}
         try:
             while any(running.completion.finish_reason is None for running in group):
@@ -112,12 +115,19 @@ class Engine:
         return self.generate(self.prompts.chat(messages, images), sampling)
 
     def step(self) -> list[tuple[_Running, Delta]]:
-        """One step of everything that runs."""
+        """One step of everything that runs; what it adds to answers that are read as they come, or that have ended."""
         changes = []
         for output in self.core.step():
             running = self._running.get(output.id)
-            delta = None if running is None else running.answer.push(output)
-            if running is not None and delta is not None:
+            if running is None:
+                continue
+            if running.unread is not None:
+                self._keep_unread(running, running.unread, output)
+                if output.finish is None:
+                    continue
+                output = replace(output, token_ids=tuple(running.unread))
+            delta = running.answer.push(output)
+            if delta is not None:
                 self._record(running, output, delta)
                 changes.append((running, delta))
         return changes
@@ -131,13 +141,15 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _ask(self, prompt: PromptLike, sampling: SamplingParams) -> list[_Running]:
+    def _ask(self, prompt: PromptLike, sampling: SamplingParams, *, streams: bool = False) -> list[_Running]:
         made = self._prompt(prompt)
+        needs_text = streams or bool(sampling.stop) or sampling.logprobs is not None
         group = []
         for index, request in enumerate(self.prompts.requests(made, sampling)):
             self.core.add(request)
             completion = Completion(made.token_ids, index)
-            running = _Running(request, self.prompts.follow(request), completion, time.perf_counter())
+            unread: list[int] | None = None if needs_text else []
+            running = _Running(request, self.prompts.follow(request), completion, time.perf_counter(), unread)
             self._running[request.id] = running
             group.append(running)
         return group
@@ -154,9 +166,14 @@ class Engine:
             return self.prompts.text(prompt)
         return self.prompts.ids(prompt, self.core.limits.vocab_size)
 
+    def _keep_unread(self, running: _Running, unread: list[int], output: Output) -> None:
+        if not unread:
+            running.completion.first_token_seconds = time.perf_counter() - running.started
+        unread += output.token_ids
+
     def _record(self, running: _Running, output: Output, delta: Delta) -> None:
         completion, now = running.completion, time.perf_counter() - running.started
-        if delta.token_ids and not completion.token_ids:
+        if delta.token_ids and not completion.token_ids and running.unread is None:
             completion.first_token_seconds = now
         completion.token_ids.extend(delta.token_ids)
         completion.logprobs.extend(delta.logprobs)
