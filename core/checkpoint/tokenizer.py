@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
-from plexor.checkpoint.chat import ChatTemplate
 from plexor.checkpoint.document import quote, read_object
 from plexor.checkpoint.folder import refuse_code
 from plexor.errors import CheckpointError, RequestError
+
+if TYPE_CHECKING:
+    from plexor.checkpoint.chat import ChatTemplate
 
 TOKENIZER_FILE: Final = "tokenizer.json"
 CONFIG_FILE: Final = "tokenizer_config.json"
@@ -39,7 +42,16 @@ class Tokenizer:
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self.bos_id = self._named_id("bos_token")
         self.eos_id = self._named_id("eos_token")
-        self._chat = None if template is None else ChatTemplate(template, self.named_tokens)
+        self._template = template
+
+    @cached_property
+    def _chat(self) -> ChatTemplate | None:
+        """Made for the first conversation: plain prompts do without the library of templates."""
+        if self._template is None:
+            return None
+        from plexor.checkpoint.chat import ChatTemplate
+
+        return ChatTemplate(self._template, self.named_tokens)
 
     def _named_id(self, name: str) -> int | None:
         text = self.named_tokens.get(name)
@@ -91,7 +103,7 @@ class Tokenizer:
 
     @property
     def has_chat_template(self) -> bool:
-        return self._chat is not None
+        return self._template is not None
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
         """A conversation as the text that the model was trained on; encode it with add_special_tokens=False.

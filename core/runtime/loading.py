@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from plexor.checkpoint.folder import ModelFolder
 from plexor.checkpoint.loader import LoadReport, Progress, load_weights
@@ -27,7 +26,7 @@ from plexor.model.format import LinearFormat
 from plexor.parallel.mesh import Mesh
 
 READERS = 8
-"""Threads that read a checkpoint for a GPU: one alone cannot copy what the system has cached as fast as a bus takes it."""
+"""Threads that read a checkpoint for a GPU: one alone copies cached files more slowly than the bus takes them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +65,8 @@ def choose_placement(config: EngineConfig, folder: ModelFolder, mesh: Mesh) -> P
 
 def plan_model(config: EngineConfig, catalog: Catalog, table: KernelTable, folder: ModelFolder) -> BuiltModel:
     """Rank 0's model, of tensors that take no memory: its shapes and kernels are those of a run."""
+    from torch._subclasses.fake_tensor import FakeTensorMode  # imports torch's compiler, which takes a second or two
+
     placement = choose_placement(config, folder, Mesh(0, config.tensor_parallel))
     with FakeTensorMode():
         return build_model(folder, catalog, table, placement)
