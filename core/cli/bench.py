@@ -15,6 +15,7 @@ from plexor.cli.options import add_model_options, count, engine_config
 from plexor.config import EngineConfig
 from plexor.errors import ConfigError
 from plexor.extension.catalog import Catalog
+from plexor.runtime.startup import import_engine
 
 if TYPE_CHECKING:
     from plexor.benchmark.report import Figure
@@ -60,6 +61,7 @@ def run(arguments: argparse.Namespace, catalog: Catalog) -> int:
 
 
 def _measure(arguments: argparse.Namespace, catalog: Catalog, workloads: tuple[Workload, ...]) -> list[Figure]:
+    import_engine(arguments.device)
     from plexor.benchmark.run import find_limits, make_figures, make_labels
     from plexor.runtime.loading import choose_device
     from plexor.runtime.prompts import find_folder
