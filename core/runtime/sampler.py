@@ -9,7 +9,7 @@ kept on the device, so that a step can be launched before the last one's tokens 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy
 import torch
@@ -62,7 +62,7 @@ class Sampler:
         self._device = build.device
         self._vocab_size = vocab_size
         self._num_slots = num_slots
-        self._sample: Callable[..., Tensor] = replace(build, dtype=torch.float32).bind("sample", vocab_size=vocab_size)
+        self._sample: Callable[..., Tensor] = build.bind("sample", vocab_size=vocab_size)
         self._temperature = numpy.zeros(num_slots + 1, dtype=numpy.float32)
         self._top_k = numpy.zeros(num_slots + 1, dtype=numpy.int32)
         self._top_p = numpy.ones(num_slots + 1, dtype=numpy.float32)
@@ -95,7 +95,7 @@ class Sampler:
     def draw(self, logits: Tensor, settings: Settings, steps: Tensor) -> Tensor:
         """A token for each row: logits [R, V], steps [R] int64 (which token of its answer) -> ids [R] int64."""
         return self._sample(
-            logits.float(), settings.temperature, settings.top_k, settings.top_p, settings.min_p, settings.seeds, steps
+            logits, settings.temperature, settings.top_k, settings.top_p, settings.min_p, settings.seeds, steps
         )
 
     def changed_rows(self, slots: Sequence[int]) -> list[int]:

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from plexor.kernels.triton.pdl import launch_next, overlaps, wait
+
 WIDTH = 4096
 
 
@@ -27,7 +29,10 @@ def advance_kernel(
     block_stride,
     row_stride,
     WIDTH: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    launch_next(PDL)
+    wait(PDL)
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + row)
     used = slot >= 0
@@ -67,6 +72,7 @@ def advance(
     kv_length = torch.empty(num_rows, dtype=torch.int32, device=slots.device)
     if num_rows == 0:
         return token_ids, positions, cache_slots, kv_length, drawn
+    early = overlaps(slots.device)
     advance_kernel[(num_rows,)](
         slots,
         tokens,
@@ -83,6 +89,8 @@ def advance(
         block_table.stride(0),
         row_table.stride(0),
         WIDTH=min(WIDTH, triton.next_power_of_2(block_table.shape[1])),
+        PDL=early,
         num_warps=8,
+        launch_pdl=early,
     )
     return token_ids, positions, cache_slots, kv_length, drawn
