@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -12,11 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from plexor.batch import LayerCache
+from plexor.kernels.triton.attention import LOG2_E, LOWEST, compute_dtype, load_queries, place_in_blocks, widen
 from plexor.kernels.triton.pdl import launch_next, overlaps, wait
 
-LOG2_E = 1.4426950408889634
-# What a row that has seen nothing has for its best score: finite, so that it can be subtracted from itself.
-LOWEST = tl.constexpr(-1e30)
 # Numbers of partial results that a thread holds while it adds them up.
 COMBINED = 32
 
@@ -55,35 +52,6 @@ def first_tile(length, window, TILE: tl.constexpr, WINDOWED: tl.constexpr):
     if WINDOWED:
         return tl.maximum(length - window, 0) // TILE
     return length * 0
-
-
-@triton.jit
-def place_in_blocks(start, lane, TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
-    """Which block of its sequence position start + lane lies in, and where in it; start is a multiple of TILE."""
-    if TILE % BLOCK_SIZE == 0:
-        return start // BLOCK_SIZE + lane // BLOCK_SIZE, lane % BLOCK_SIZE
-    return (start + lane) // BLOCK_SIZE, (start + lane) % BLOCK_SIZE
-
-
-@triton.jit
-def widen(entries, IN_ROWS: tl.constexpr):
-    """float8_e4m3fn to float16, four at a time.
-
-    IN_ROWS: as they lie in memory; a product over rows would otherwise pick them from columns byte by byte.
-    """
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .b16 low, high;
-        mov.b32 {low, high}, $2;
-        cvt.rn.f16x2.e4m3x2 $0, low;
-        cvt.rn.f16x2.e4m3x2 $1, high;
-        }""",
-        "=r,=r,r",
-        [entries],
-        dtype=tl.float16,
-        is_pure=not IN_ROWS,
-        pack=4,
-    )
 
 
 @triton.jit
@@ -260,18 +228,10 @@ def decode_attention_kernel(
         length = tl.load(kv_length + row)
         skipped = first_tile(length, window, TILE, WINDOWED)
         source = q + row.to(tl.int64) * q_row_stride + (kv_head * GROUP + head)[:, None] * q_head_stride
-        queries = tl.load(source + feature[None, :], mask=stored, other=0.0)
-        scale = tl.full((HEADS,), scale_log2, dtype=tl.float32)
-        if UNIT:
-            # Stored entries are exact in float16, but its range may be too small for queries: bring them below one.
-            wide = queries.to(tl.float32)
-            peak = tl.max(tl.abs(wide), axis=1)
-            peak = tl.where(peak > 0.0, peak, 1.0)
-            queries = wide / peak[:, None]
-            scale *= peak
+        queries, scale = load_queries(source + feature[None, :], stored, scale_log2, COMPUTE, UNIT)
         lowest = length - window if WINDOWED else length * 0
         best, mass, total = attend(
-            queries.to(COMPUTE),
+            queries,
             keys + kv_head * HEAD_SIZE,
             values + kv_head * HEAD_SIZE,
             block_table + row.to(tl.int64) * block_table_stride,
@@ -404,10 +364,3 @@ class DecodeAttention:
 def num_multiprocessors(device: torch.device) -> int:
     """Of a GPU; a few where Triton's interpreter runs the programs one by one."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-
-
-def compute_dtype(dtype: torch.dtype, storage: torch.dtype) -> Any:
-    """What the products are made of: the 16-bit dtype that holds each stored value, float32 where there is none."""
-    if dtype == torch.float32 or storage not in (dtype, torch.float8_e4m3fn):
-        return tl.float32
-    return tl.bfloat16 if storage == torch.bfloat16 else tl.float16

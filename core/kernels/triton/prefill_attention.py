@@ -1,17 +1,115 @@
-"""Attention of any sequences, whatever their rows, with a running softmax (Dao et al. 2022, arXiv 2205.14135)."""
+"""Attention of any sequences, whatever their rows, with a running softmax (Dao et al. 2023, arXiv 2307.08691)."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from plexor.batch import LayerCache, Pages
-from plexor.kernels.triton.decode_attention import LOG2_E, compute_dtype
+from plexor.kernels.triton.attention import LOG2_E, LOWEST, compute_dtype, load_queries, place_in_blocks, widen
 from plexor.kernels.triton.ragged import find_owner, tile_rows
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_sequences", "block_table_stride"])
+@dataclass(frozen=True, slots=True)
+class PrefillTuning:
+    """How the work is cut up.
+
+    lanes: rows times heads of a program. positions: attended together. warps, stages: of a program. registers: of a
+    thread at most, None for as many as it wants.
+    """
+
+    lanes: int
+    positions: int
+    warps: int
+    stages: int
+    registers: int | None = None
+
+
+def prefill_tuning(lanes: int, size: int, dtype: torch.dtype) -> PrefillTuning:
+    """lanes: rows times heads of the longest piece. size: features of a head, up to a power of two."""
+    lanes = max(16, triton.next_power_of_2(lanes))
+    if dtype == torch.float32:
+        return PrefillTuning(16, 32, warps=8, stages=2)
+    if lanes < 128:
+        return PrefillTuning(lanes, 64 if size <= 128 else 32, warps=4, stages=3)
+    if size <= 64:
+        return PrefillTuning(128, 64, warps=8, stages=3)
+    return PrefillTuning(128, 128 if size <= 128 else 32, warps=8, stages=2)
+
+
+@triton.jit
+def attend_span(
+    best,
+    mass,
+    total,
+    queries,
+    scale,
+    keys,
+    values,
+    blocks,
+    begin,
+    end,
+    stop,
+    own,
+    window,
+    entry_stride,
+    POSITIONS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    UNIT: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Go on with the positions from `begin` to `end`, both multiples of POSITIONS; below `stop` if MASKED.
+
+    Without MASKED every lane sees all of them. keys, values: of one head. own: each lane's position. A tile's block ids
+    are loaded one tile early.
+    """
+    SIZE: tl.constexpr = queries.shape[1]
+    lane = tl.arange(0, POSITIONS)
+    feature = tl.arange(0, SIZE)
+    index, offset = place_in_blocks(begin, lane, POSITIONS, BLOCK_SIZE)
+    next_block = tl.load(blocks + index, mask=begin + lane < stop, other=0)
+    for start in range(begin, end, POSITIONS):
+        position = start + lane
+        block = next_block
+        index, next_offset = place_in_blocks(start + POSITIONS, lane, POSITIONS, BLOCK_SIZE)
+        next_block = tl.load(blocks + index, mask=position + POSITIONS < stop, other=0)
+        entry = (block * BLOCK_SIZE + offset).to(tl.int64)[:, None] * entry_stride + feature[None, :]
+        offset = next_offset
+        if MASKED:
+            inside = (position < stop)[:, None] & (feature < HEAD_SIZE)[None, :]
+            key = tl.load(keys + entry, mask=inside, other=0.0)
+            value = tl.load(values + entry, mask=inside, other=0.0)
+        elif HEAD_SIZE == SIZE:
+            key = tl.load(keys + entry)
+            value = tl.load(values + entry)
+        else:
+            key = tl.load(keys + entry, mask=(feature < HEAD_SIZE)[None, :], other=0.0)
+            value = tl.load(values + entry, mask=(feature < HEAD_SIZE)[None, :], other=0.0)
+        key = widen(key, False) if UNIT else key.to(COMPUTE)
+        value = widen(value, True) if UNIT else value.to(COMPUTE)
+        scores = tl.dot(queries, tl.trans(key), input_precision="ieee")
+        if MASKED:
+            visible = position[None, :] <= own[:, None]
+            if WINDOWED:
+                visible = visible & (position[None, :] > own[:, None] - window)
+            scores = tl.where(visible, scores, float("-inf"))
+        new_best = tl.maximum(best, tl.max(scores, axis=1) * scale)
+        weights = tl.exp2(scores * scale[:, None] - new_best[:, None])
+        fade = tl.exp2(best - new_best)
+        mass = mass * fade + tl.sum(weights, axis=1)
+        total = tl.dot(weights.to(COMPUTE), value, total * fade[:, None], input_precision="ieee")
+        best = new_best
+    return best, mass, total
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_sequences", "block_table_stride", "window"])
 def prefill_attention_kernel(
     q,
     keys,
@@ -23,8 +121,6 @@ def prefill_attention_kernel(
     num_rows,
     num_sequences,
     block_table_stride,
-    block_size,
-    head_size,
     q_row_stride,
     q_head_stride,
     out_row_stride,
@@ -33,78 +129,153 @@ def prefill_attention_kernel(
     window,
     GROUP: tl.constexpr,
     TILE: tl.constexpr,
-    HEADS_AND_ROWS: tl.constexpr,
+    LANES: tl.constexpr,
     POSITIONS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
     SIZE: tl.constexpr,
     COMPUTE: tl.constexpr,
+    UNIT: tl.constexpr,
     WINDOWED: tl.constexpr,
 ):
-    """One program: TILE rows of a sequence times the GROUP query heads that share a KV head."""
-    tile = tl.program_id(0)
+    """One program: TILE rows of a sequence times the GROUP query heads that share a KV head.
+
+    Positions stand in tiles; only those tiles are masked that some row of the program does not see as a whole:
+
+        row 0     |..xx|xxxx|x...|....|      x seen, with a window of 7
+        row 1     |...x|xxxx|xx..|....|
+        tiles      mask full mask none
+    """
+    # A sequence's last rows see the most positions: they come first, so that no long program starts at the end.
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
     kv_head = tl.program_id(1)
     sequence = find_owner(query_end, num_sequences, tile, TILE)
     first, end = tile_rows(query_end, num_sequences, num_rows, sequence, tile, TILE)
     if first >= end:
         return
-    lane = tl.arange(0, HEADS_AND_ROWS)
+    lane = tl.arange(0, LANES)
     row = first + lane // GROUP
     head = kv_head * GROUP + lane % GROUP
     used = (lane < TILE * GROUP) & (row < end)
     feature = tl.arange(0, SIZE)
-    present = feature < head_size
-    target = out + row.to(tl.int64)[:, None] * out_row_stride + head[:, None] * head_size + feature[None, :]
-    stored = used[:, None] & present[None, :]
+    stored = used[:, None] & (feature < HEAD_SIZE)[None, :]
+    target = out + row.to(tl.int64)[:, None] * out_row_stride + head[:, None] * HEAD_SIZE + feature[None, :]
     if sequence == num_sequences:
-        tl.store(target, tl.zeros((HEADS_AND_ROWS, SIZE), dtype=out.dtype.element_ty), mask=stored)
+        tl.store(target, tl.zeros((LANES, SIZE), dtype=out.dtype.element_ty), mask=stored)
         return
-    length = tl.load(kv_length + sequence)
-    own = length - end + row
     source = q + row.to(tl.int64)[:, None] * q_row_stride + head[:, None] * q_head_stride + feature[None, :]
-    queries = tl.load(source, mask=stored, other=0.0).to(COMPUTE)
-    best = tl.full((HEADS_AND_ROWS,), float("-inf"), dtype=tl.float32)
-    mass = tl.zeros((HEADS_AND_ROWS,), dtype=tl.float32)
-    total = tl.zeros((HEADS_AND_ROWS, SIZE), dtype=tl.float32)
-    stop = length - end + tl.minimum(first + TILE, end)
-    begin = stop * 0
+    queries, scale = load_queries(source, stored, scale_log2, COMPUTE, UNIT)
+    # Positions of the first row, of each lane's, and the end of what the last row sees.
+    least = tl.load(kv_length + sequence) - end + first
+    own = least + lane // GROUP
+    stop = least + tl.minimum(TILE, end - first)
+    full_begin = stop * 0
+    full_end = tl.maximum(least + 1, 0) // POSITIONS * POSITIONS
+    keys += kv_head * HEAD_SIZE
+    values += kv_head * HEAD_SIZE
+    blocks = block_table + sequence.to(tl.int64) * block_table_stride
+    best = tl.full((LANES,), LOWEST, dtype=tl.float32)
+    mass = tl.zeros((LANES,), dtype=tl.float32)
+    total = tl.zeros((LANES, SIZE), dtype=tl.float32)
     if WINDOWED:
-        begin = tl.maximum(length - end + first - window + 1, 0) // POSITIONS * POSITIONS
-    for start in range(begin, stop, POSITIONS):
-        position = start + tl.arange(0, POSITIONS)
-        exists = position < stop
-        block = tl.load(block_table + sequence.to(tl.int64) * block_table_stride + position // block_size, exists, 0)
-        entry = (block.to(tl.int64) * block_size + position % block_size) * entry_stride + kv_head * head_size
-        inside = exists[:, None] & present[None, :]
-        key = tl.load(keys + entry[:, None] + feature[None, :], mask=inside, other=0.0).to(COMPUTE)
-        visible = exists[None, :] & (position[None, :] <= own[:, None])
-        if WINDOWED:
-            visible = visible & (position[None, :] > own[:, None] - window)
-        scores = tl.dot(queries, tl.trans(key), input_precision="ieee") * scale_log2
-        scores = tl.where(visible, scores, float("-inf"))
-        new_best = tl.maximum(best, tl.max(scores, axis=1))
-        # A row that has seen nothing yet keeps a best of -inf, which must not be subtracted from itself.
-        base = tl.where(new_best == float("-inf"), 0.0, new_best)
-        weights = tl.exp2(scores - base[:, None])
-        fade = tl.exp2(best - base)
-        value = tl.load(values + entry[:, None] + feature[None, :], mask=inside, other=0.0).to(COMPUTE)
-        mass = mass * fade + tl.sum(weights, axis=1)
-        total = tl.dot(weights.to(COMPUTE), value, total * fade[:, None], input_precision="ieee")
-        best = new_best
+        begin = tl.maximum(least - window + 1, 0) // POSITIONS * POSITIONS
+        full_begin = tl.cdiv(tl.maximum(stop - window, 0), POSITIONS) * POSITIONS
+        full_end = tl.maximum(full_begin, full_end)
+        best, mass, total = attend_span(
+            best,
+            mass,
+            total,
+            queries,
+            scale,
+            keys,
+            values,
+            blocks,
+            begin,
+            full_begin,
+            stop,
+            own,
+            window,
+            entry_stride,
+            POSITIONS,
+            BLOCK_SIZE,
+            HEAD_SIZE,
+            COMPUTE,
+            UNIT,
+            WINDOWED,
+            True,
+        )
+    best, mass, total = attend_span(
+        best,
+        mass,
+        total,
+        queries,
+        scale,
+        keys,
+        values,
+        blocks,
+        full_begin,
+        full_end,
+        stop,
+        own,
+        window,
+        entry_stride,
+        POSITIONS,
+        BLOCK_SIZE,
+        HEAD_SIZE,
+        COMPUTE,
+        UNIT,
+        WINDOWED,
+        False,
+    )
+    best, mass, total = attend_span(
+        best,
+        mass,
+        total,
+        queries,
+        scale,
+        keys,
+        values,
+        blocks,
+        full_end,
+        stop,
+        stop,
+        own,
+        window,
+        entry_stride,
+        POSITIONS,
+        BLOCK_SIZE,
+        HEAD_SIZE,
+        COMPUTE,
+        UNIT,
+        WINDOWED,
+        True,
+    )
     average = total / tl.where(mass > 0.0, mass, 1.0)[:, None]
     tl.store(target, average.to(out.dtype.element_ty), mask=stored)
 
 
 def prefill_attention(
-    q: Tensor, cache: LayerCache, pages: Pages, scale: float, window: int | None, out: Tensor
+    q: Tensor,
+    cache: LayerCache,
+    pages: Pages,
+    scale: float,
+    window: int | None,
+    out: Tensor,
+    tuning: PrefillTuning | None = None,
 ) -> None:
-    """As plexor.kernels.reference.paged_attention, into out [T, N, D]; the cache's entries [K, D] are contiguous."""
+    """As plexor.kernels.reference.paged_attention, into out [T, N, D]; scale > 0, the entries [K, D] are contiguous."""
     num_rows, num_heads, head_size = q.shape
     keys, values = cache["keys"], cache["values"]
     block_size, num_kv_heads = keys.shape[1:3]
     num_sequences = pages.kv_length.shape[0]
     group = num_heads // num_kv_heads
     size = max(16, triton.next_power_of_2(head_size))
-    heads_and_rows = max(16 if pages.max_query == 1 else 128 // q.element_size(), triton.next_power_of_2(group))
-    tile = heads_and_rows // group if pages.max_query > 1 else 1
+    compute = compute_dtype(q.dtype, keys.dtype)
+    if tuning is None:
+        products = torch.float32 if compute == tl.float32 else q.dtype
+        tuning = prefill_tuning(pages.max_query * group, size, products)
+    lanes = max(tuning.lanes, triton.next_power_of_2(group))
+    tile = lanes // group
     prefill_attention_kernel[(num_rows // tile + num_sequences + 1, num_kv_heads)](
         q,
         keys,
@@ -116,8 +287,6 @@ def prefill_attention(
         num_rows,
         num_sequences,
         pages.block_table.stride(0),
-        block_size,
-        head_size,
         q.stride(0),
         q.stride(1),
         out.stride(0),
@@ -126,11 +295,15 @@ def prefill_attention(
         0 if window is None else window,
         GROUP=group,
         TILE=tile,
-        HEADS_AND_ROWS=heads_and_rows,
-        POSITIONS=64 if size * q.element_size() <= 256 else 32,
+        LANES=lanes,
+        POSITIONS=tuning.positions,
+        BLOCK_SIZE=block_size,
+        HEAD_SIZE=head_size,
         SIZE=size,
-        COMPUTE=compute_dtype(q.dtype, keys.dtype),
+        COMPUTE=compute,
+        UNIT=compute == tl.float16 and q.dtype != torch.float16,
         WINDOWED=window is not None,
-        num_warps=4,
-        num_stages=2,
+        num_warps=tuning.warps,
+        num_stages=tuning.stages,
+        maxnreg=tuning.registers,
     )

@@ -1,0 +1,66 @@
+"""What the kernels of attention share: how they read queries and entries, and what they compute in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2_E = 1.4426950408889634
+# What a row that has seen nothing has for its best score: finite, so that it can be subtracted from itself.
+LOWEST = tl.constexpr(-1e30)
+
+
+@triton.jit
+def place_in_blocks(start, lane, TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """Which block of its sequence position start + lane lies in, and where in it; start is a multiple of TILE."""
+    if TILE % BLOCK_SIZE == 0:
+        return start // BLOCK_SIZE + lane // BLOCK_SIZE, lane % BLOCK_SIZE
+    return (start + lane) // BLOCK_SIZE, (start + lane) % BLOCK_SIZE
+
+
+@triton.jit
+def widen(entries, IN_ROWS: tl.constexpr):
+    """float8_e4m3fn to float16, four at a time.
+
+    IN_ROWS: as they lie in memory; a product over rows would otherwise pick them from columns byte by byte.
+    """
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b16 low, high;
+        mov.b32 {low, high}, $2;
+        cvt.rn.f16x2.e4m3x2 $0, low;
+        cvt.rn.f16x2.e4m3x2 $1, high;
+        }""",
+        "=r,=r,r",
+        [entries],
+        dtype=tl.float16,
+        is_pure=not IN_ROWS,
+        pack=4,
+    )
+
+
+@triton.jit
+def load_queries(source, mask, scale, COMPUTE: tl.constexpr, UNIT: tl.constexpr):
+    """Queries [lanes, size] in COMPUTE, and for each lane what its scores are still to be multiplied by.
+
+    UNIT: float16 is exact for the stored entries, but its range may be too small for queries: bring them below one.
+    """
+    queries = tl.load(source, mask=mask, other=0.0)
+    scales = tl.full((queries.shape[0],), 1.0, dtype=tl.float32) * scale
+    if UNIT:
+        wide = queries.to(tl.float32)
+        peak = tl.max(tl.abs(wide), axis=1)
+        peak = tl.where(peak > 0.0, peak, 1.0)
+        queries = wide / peak[:, None]
+        scales *= peak
+    return queries.to(COMPUTE), scales
+
+
+def compute_dtype(dtype: torch.dtype, storage: torch.dtype) -> Any:
+    """What the products are made of: the 16-bit dtype that holds each stored value, float32 where there is none."""
+    if dtype == torch.float32 or storage not in (dtype, torch.float8_e4m3fn):
+        return tl.float32
+    return tl.bfloat16 if storage == torch.bfloat16 else tl.float16
