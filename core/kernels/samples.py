@@ -296,6 +296,7 @@ def normed_inputs(make: Maker) -> Iterable[tuple[str, Tensor, int]]:
         (1, 64, 48),
         (1, 2080, 5),
         (2, 33, 7),
+        (2, 2048, 3),
         (3, 128, 16),
         (4, 96, 2),
         (5, 64, 3),

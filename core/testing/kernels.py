@@ -136,8 +136,8 @@ def _compare_tensors(title: str, expected: Tensor, actual: Tensor, tolerance: To
 
 
 def _widened(tolerance: Tolerance, dtype: torch.dtype) -> Tolerance:
-    """A tolerance for what is stored in one byte: a last bit before the rounding may move it by a whole step."""
-    if tolerance == (0.0, 0.0) or not dtype.is_floating_point or dtype.itemsize > 1:
+    """A tolerance for what is stored in a narrow dtype: a last bit before the rounding may move it by a whole step."""
+    if tolerance == (0.0, 0.0) or not dtype.is_floating_point:
         return tolerance
     facts = torch.finfo(dtype)
     return max(tolerance[0], facts.eps), max(tolerance[1], facts.smallest_normal * facts.eps)

@@ -1,0 +1,233 @@
+"""Products of at most four rows at the speed of the memory: weights stream through registers, once.
+
+A program owns a few rows of the weight, which lies as in a checkpoint, and takes them a tile at a time:
+
+    weight rows      tile 0        tile 1        tile 2
+    r             [ ........ ]  [ ........ ]  [ ........ ]     the next tile is on its way
+    r + 1         [ ........ ]  [ ........ ]  [ ........ ]     while one is multiplied
+
+The first tile is asked for before the program waits for the kernel that makes x (see pdl.py), so the memory is never
+idle between products. Sums are float32. A norm of x needs no pass of its own, because its scale leaves the sum:
+
+    sum_k w[k] * g[k] * x[k] * rsqrt(mean(x^2) + eps)  =  rsqrt(mean(x^2) + eps) * sum_k w[k] * g[k] * x[k]
+
+Numbers are loaded as pairs in 32 bits, which take one instruction each to widen; singly they would be unpacked as soon
+as they arrive, before the program goes on. The kernels of the ops add what they do with the sums; their files are named
+as the ops.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from plexor.kernels.triton.pdl import overlaps
+
+MAX_ROWS = 4
+"""Rows of x: with more, the multiplications take longer than the weights need to come."""
+
+TILE_BYTES = 8192
+# Pairs that a thread loads at once, 16 bytes. They are the last axis of every tile, so a sum over it costs no exchange.
+LANE = tl.constexpr(4)
+ALIGNMENT = 16
+
+
+@triton.jit
+def as_pairs(pointer):
+    """A pointer to numbers of two bytes as one to pairs of them."""
+    return pointer.to(tl.pointer_type(tl.int32))
+
+
+@triton.jit
+def lower(pair, DTYPE: tl.constexpr):
+    """The number in the lower half of each pair, float32."""
+    if tl.bfloat16 == DTYPE:
+        return (pair << 16).to(tl.float32, bitcast=True)
+    else:
+        return pair.to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def upper(pair, DTYPE: tl.constexpr):
+    """The number in the upper half of each pair, float32."""
+    if tl.bfloat16 == DTYPE:
+        return (pair & -65536).to(tl.float32, bitcast=True)
+    else:
+        return (pair >> 16).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def load_tile(weight, weight_stride, output, start, NUM_PAIRS: tl.constexpr, PAIRS: tl.constexpr):
+    """Pairs from start of the weight's rows `output` [OUTPUTS] -> [OUTPUTS, PAIRS / LANE, LANE]."""
+    place = start + tl.arange(0, PAIRS // LANE)[:, None] * LANE + tl.arange(0, LANE)[None, :]
+    source = as_pairs(weight) + output.to(tl.int64)[:, None, None] * (weight_stride // 2) + place[None, :, :]
+    if NUM_PAIRS % PAIRS == 0:
+        return tl.load(source, eviction_policy="evict_first")
+    else:
+        return tl.load(source, mask=(place < NUM_PAIRS)[None, :, :], other=0, eviction_policy="evict_first")
+
+
+@triton.jit
+def load_features(source, start, NUM_PAIRS: tl.constexpr, PAIRS: tl.constexpr):
+    """The same pairs of a vector, [1, PAIRS / LANE, LANE]."""
+    place = start + tl.arange(0, PAIRS // LANE)[None, :, None] * LANE + tl.arange(0, LANE)[None, None, :]
+    if NUM_PAIRS % PAIRS == 0:
+        return tl.load(as_pairs(source) + place)
+    else:
+        return tl.load(as_pairs(source) + place, mask=place < NUM_PAIRS, other=0)
+
+
+@triton.jit
+def send_off(COMPILED: tl.constexpr):
+    """Keep the loads above from sinking among the sums below, as the assembler has it to spare registers: threads of a
+    warp meet, which costs nothing, and no load is moved across. The interpreter has no such instruction.
+    """
+    if COMPILED:
+        tl.inline_asm_elementwise(
+            "bar.warp.sync 0xffffffff; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
+def add_tile(
+    sums, squares, tile, x, x_stride, gain, start, ROWS: tl.constexpr, NUM_PAIRS: tl.constexpr, PAIRS: tl.constexpr
+):
+    """The sums with one more tile. sums: ROWS tensors [OUTPUTS, PAIRS / LANE]; squares: ROWS of [1, PAIRS / LANE]."""
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    if gain is not None:
+        scale = load_features(gain, start, NUM_PAIRS, PAIRS)
+    grown = sums[:0]
+    grown_squares = squares[:0]
+    for row in tl.static_range(ROWS):
+        pair = load_features(x + row * x_stride, start, NUM_PAIRS, PAIRS)
+        even = lower(pair, DTYPE)
+        odd = upper(pair, DTYPE)
+        square = squares[row]
+        if gain is not None:
+            square += tl.sum(even * even + odd * odd, axis=2)
+            even *= lower(scale, DTYPE)
+            odd *= upper(scale, DTYPE)
+        grown_squares += (square,)
+        grown += (sums[row] + tl.sum(lower(tile, DTYPE) * even + upper(tile, DTYPE) * odd, axis=2),)
+    return grown, grown_squares
+
+
+@triton.jit
+def side_by_side(parts, ROWS: tl.constexpr):
+    """ROWS tensors [A, B] as one [A, B, 1, 2 or 4]; the fourth of three is zeros."""
+    if ROWS == 1:
+        return parts[0][:, :, None]
+    elif ROWS == 2:
+        return tl.join(parts[0], parts[1])
+    else:
+        last = tl.zeros_like(parts[0])
+        if ROWS == 4:
+            last = parts[3]
+        pairs = tl.join(tl.join(parts[0], parts[2]), tl.join(parts[1], last))
+        return tl.reshape(pairs, (parts[0].shape[0], parts[0].shape[1], 4))
+
+
+@triton.jit
+def add_both(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def products(
+    tile,
+    weight,
+    weight_stride,
+    output,
+    x,
+    x_stride,
+    gain,
+    eps,
+    ROWS: tl.constexpr,
+    NUM_PAIRS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    COMPILED: tl.constexpr,
+):
+    """The rows of x, normed where there is a gain, times the weight's rows `output`, the first tile of which is loaded:
+    [OUTPUTS, ROWS rounded up to a power of two] float32.
+    """
+    sums = (tl.zeros((OUTPUTS, PAIRS // LANE), tl.float32),) * ROWS
+    squares = (tl.zeros((1, PAIRS // LANE), tl.float32),) * ROWS
+    LAST: tl.constexpr = (NUM_PAIRS - 1) // PAIRS * PAIRS
+    for start in range(0, LAST, PAIRS):
+        following = load_tile(weight, weight_stride, output, start + PAIRS, NUM_PAIRS, PAIRS)
+        send_off(COMPILED)
+        sums, squares = add_tile(sums, squares, tile, x, x_stride, gain, start, ROWS, NUM_PAIRS, PAIRS)
+        tile = following
+    sums, squares = add_tile(sums, squares, tile, x, x_stride, gain, LAST, ROWS, NUM_PAIRS, PAIRS)
+    total = side_by_side(sums, ROWS)
+    if gain is None:
+        return tl.sum(total, axis=1)
+    else:
+        # One reduction for both: threads meet as often for two as for one.
+        square = tl.broadcast_to(side_by_side(squares, ROWS), total.shape)
+        total, square = tl.reduce((total, square), 1, add_both)
+        return total * tl.rsqrt(square / (2 * NUM_PAIRS) + eps)
+
+
+@triton.jit
+def in_pairs(value):
+    """[2 * P, R], of which rows 2 p and 2 p + 1 belong together -> two of [P, R]."""
+    pairs = tl.reshape(value, (value.shape[0] // 2, 2, value.shape[1]))
+    return tl.split(tl.permute(pairs, (0, 2, 1)))
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """outputs: rows of the weight that a program owns, at least 2. inputs: features of them that it loads together."""
+
+    outputs: int
+    inputs: int
+    warps: int
+
+
+def tile_for(num_inputs: int, num_rows: int) -> Tile:
+    """8 KB, of which each of four warps' threads holds four 16-byte loads.
+
+    Two rows of the weight are fastest, four where they are long (measured on an H200), and where x has several rows,
+    which the weight's share; more where only shorter tiles fill a row without a rest.
+    """
+    least = 4 if num_inputs > 8192 or num_rows > 1 else 2
+    for outputs in (least, 4, 8):
+        inputs = TILE_BYTES // 2 // outputs
+        if num_inputs % inputs == 0:
+            return Tile(outputs, inputs, 4)
+    return Tile(least, min(TILE_BYTES // 2 // least, triton.next_power_of_2(num_inputs)), 4)
+
+
+def takes(x: Tensor, weight: Tensor) -> bool:
+    """Whether there are rows, few enough, of numbers in two bytes that can be loaded 16 bytes at a time."""
+    return 0 < x.shape[0] <= MAX_ROWS and x.dtype.itemsize == 2 and _is_aligned(x) and _is_aligned(weight)
+
+
+def _is_aligned(rows: Tensor) -> bool:
+    num_numbers = ALIGNMENT // rows.element_size()
+    return rows.data_ptr() % ALIGNMENT == rows.stride(0) % num_numbers == rows.shape[1] % num_numbers == 0
+
+
+def options(x: Tensor, tile: Tile) -> dict[str, Any]:
+    """What every kernel here is compiled for, and how it is launched."""
+    pdl = overlaps(x.device)
+    return {
+        "ROWS": x.shape[0],
+        "PADDED": triton.next_power_of_2(x.shape[0]),
+        "NUM_PAIRS": x.shape[1] // 2,
+        "OUTPUTS": tile.outputs,
+        "PAIRS": tile.inputs // 2,
+        "COMPILED": x.is_cuda,
+        "PDL": pdl,
+        "launch_pdl": pdl,
+        "num_warps": tile.warps,
+        # Eight programs of four warps for each multiprocessor: one row needs a few registers less than the assembler
+        # would take.
+        "maxnreg": 64 if x.shape[0] == 1 else None,
+    }
