@@ -153,8 +153,9 @@ class Ranks:
         self.size = config.tensor_parallel
         try:
             if self.size > 1:
-                _try_out(config, catalog, folder)
                 self._start_others(config, catalog, folder)
+                _try_out(config, catalog, folder)
+                self._meet(config)
             self.rank = make_rank(config, catalog, folder, Mesh(0, self.size), self._agree, progress)
         except BaseException:
             for process in self._processes:
@@ -225,8 +226,7 @@ class Ranks:
                 f"tensor parallel {size} needs {size} GPUs, but torch sees {torch.cuda.device_count()}: lower --tp"
             )
         context = multiprocessing.get_context("spawn")
-        store = str(Path(self._folder.name) / "ranks")
-        job = msgspec.json.encode((config, str(folder.path), store, catalog.identity))
+        job = msgspec.json.encode((config, str(folder.path), self._store, catalog.identity))
         for rank in range(1, size):
             here, there = context.Pipe()
             process = context.Process(target=_serve_rank, args=(there, rank, size, job), daemon=True)
@@ -234,8 +234,16 @@ class Ranks:
             there.close()
             self._pipes.append(here)
             self._processes.append(process)
+
+    def _meet(self, config: EngineConfig) -> None:
+        """Wait until every rank is there, and join them in one group."""
         self._hear()
-        _join(store, 0, size, device.type)
+        _join(self._store, 0, self.size, choose_device(config.device).type)
+
+    @property
+    def _store(self) -> str:
+        """The file over which the ranks find each other."""
+        return str(Path(self._folder.name) / "ranks")
 
 
 def _join(store: str, rank: int, size: int, device_type: str) -> None:
@@ -249,7 +257,7 @@ def _join(store: str, rank: int, size: int, device_type: str) -> None:
 
 
 def _try_out(config: EngineConfig, catalog: Catalog, folder: ModelFolder) -> None:
-    """Build this rank's model without memory: what cannot be shared out is refused before any process starts."""
+    """Build this rank's model without memory: what cannot be shared out is refused while the others still start."""
     context_length(config, plan_model(config, catalog, catalog.kernel_table(config.kernels), folder))
 
 

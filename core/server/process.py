@@ -20,6 +20,7 @@ from plexor.errors import PlexorError, RequestError
 from plexor.extension.catalog import Catalog
 from plexor.runtime.prompts import find_folder
 from plexor.runtime.request import Output
+from plexor.runtime.startup import import_engine
 from plexor.runtime.stats import StepStats
 from plexor.server.wire import (
     Failed,
@@ -73,6 +74,7 @@ def serve_engine(address: str, config_json: bytes) -> None:
 
 
 def _serve(socket: zmq.Socket[bytes], config: EngineConfig) -> None:
+    import_engine(config.device)
     from plexor.runtime.core import EngineCore  # not above: the front end, which imports this module, needs no torch
 
     catalog = Catalog.load(strict=config.strict_plugins)
