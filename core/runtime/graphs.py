@@ -13,8 +13,10 @@ replayed as one CUDA graph. Capturing executes nothing, so no step is lost or ru
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 
 import numpy
 import torch
@@ -55,10 +57,21 @@ def decode_buckets(max_sequences: int) -> tuple[int, ...]:
 
 
 class DecodeSteps:
-    """Runs decode steps; buckets: the numbers of rows to pad to, none to run just the rows there are, uncaptured."""
+    """Runs decode steps.
+
+    buckets: the numbers of rows to pad to, none to run just the rows there are, uncaptured. reports: whether this rank
+    says so when a step turns out not to be capturable.
+    """
 
     def __init__(
-        self, model: Model, cache: tuple[LayerCache, ...], state: SlotState, sampler: Sampler, buckets: Sequence[int]
+        self,
+        model: Model,
+        cache: tuple[LayerCache, ...],
+        state: SlotState,
+        sampler: Sampler,
+        *,
+        buckets: Sequence[int],
+        reports: bool,
     ) -> None:
         device = state.device
         self._model = model
@@ -70,6 +83,7 @@ class DecodeSteps:
         # One run of bytes behind all that is sent when the rows change, so that they change in one copy.
         self._sent, (self._slots, *settings) = send(self.arrays(()), device)
         self._settings = Settings(*settings)
+        self._reports = reports
         self._captures = bool(buckets) and device.type == "cuda"
         self._captured: dict[int, _Captured] = {}
         self._pool = torch.cuda.graph_pool_handle() if self._captures else None
@@ -111,17 +125,38 @@ class DecodeSteps:
     def _capture(self, bucket: int) -> None:
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                drawn = self._step(bucket)
+            with torch.cuda.stream(self._stream):
+                drawn = self._record(graph, bucket)
         except RuntimeError as error:
-            self._captures = False
-            logging.getLogger(__name__).warning(
-                "decode steps run kernel by kernel, because one of them cannot be captured in a CUDA graph: %s",
-                str(error).partition("\n")[0],
-            )
+            self._captures, self._buckets = False, ()
+            if self._reports:
+                reason = str(error).partition("\n")[0]
+                logging.getLogger(__name__).warning(
+                    "decode steps run kernel by kernel, which is slower: a CUDA graph cannot hold %s (%s)",
+                    _origin(error),
+                    reason,
+                )
             return
-        drawn = DrawnRows(drawn.ids, _unowned(drawn.logits), drawn.settings, drawn.steps)
+        drawn = replace(drawn, logits=_unowned(drawn.logits))
         self._captured[bucket] = _Captured(graph, drawn)
+
+    def _record(self, graph: torch.cuda.CUDAGraph, bucket: int) -> DrawnRows:
+        """Capture a step without waiting for what the device is running, as `torch.cuda.graph` would."""
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        try:
+            drawn = self._step(bucket)
+        except BaseException:
+            with suppress(RuntimeError):  # says only that the capture has become invalid
+                graph.capture_end()
+            raise
+        graph.capture_end()
+        return drawn
+
+
+def _origin(error: BaseException) -> str:
+    """File and line where an error was raised."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{frame.filename}:{frame.lineno}"
 
 
 def _unowned(tensor: Tensor) -> Tensor:

@@ -60,7 +60,9 @@ class Runner:
         self._cache = cache
         self._sampler = Sampler(build, num_slots, built.config.vocab_size)
         self._state = SlotState(build, num_slots, max_blocks, block_size)
-        self._decodes = DecodeSteps(built.model, cache, self._state, self._sampler, buckets)
+        self._decodes = DecodeSteps(
+            built.model, cache, self._state, self._sampler, buckets=buckets, reports=build.mesh.rank == 0
+        )
         self._decoding: list[int] | None = None  # the slots that the decode steps' rows stand for
         self._media: dict[tuple[int, int], SequenceMedia] = {}
         self._encoded: dict[tuple[int, int], Tensor] = {}
