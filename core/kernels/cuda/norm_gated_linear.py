@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from plexor.kernels.cuda.stream_linear import Norm, StreamLinear, takes_pairs
+from plexor.kernels.cuda.call import Norm, gated
+from plexor.kernels.cuda.products import Products, few
 from plexor.kernels.triton.norm_gated_linear import norm_gated_linear
 
 
@@ -14,12 +15,10 @@ class NormGatedLinear:
     """As plexor.kernels.reference.norm_gated_linear, for one layer."""
 
     def __init__(self) -> None:
-        self._stream = StreamLinear()
+        self._products = Products()
 
     def __call__(
         self, x: Tensor, gain: Tensor, eps: float, stored: Mapping[str, Tensor], bias: Tensor | None = None
     ) -> Tensor:
-        weight = stored["weight"]
-        if takes_pairs(x, weight, weight.shape[0] // 2):
-            return self._stream.gated(x, Norm(gain, eps), weight, bias)
-        return norm_gated_linear(x, gain, eps, stored, bias)
+        y = self._products.run(gated(x, stored["weight"], Norm(gain, eps), bias)) if few(x) else None
+        return norm_gated_linear(x, gain, eps, stored, bias) if y is None else y

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from plexor.kernels.cuda.stream_linear import Norm, StreamLinear, takes
+from plexor.kernels.cuda.call import Norm, product
+from plexor.kernels.cuda.products import Products, few
 from plexor.kernels.triton.norm_linear import norm_linear
 
 
@@ -14,12 +15,10 @@ class NormLinear:
     """As plexor.kernels.reference.norm_linear, for one layer."""
 
     def __init__(self) -> None:
-        self._stream = StreamLinear()
+        self._products = Products()
 
     def __call__(
         self, x: Tensor, gain: Tensor, eps: float, stored: Mapping[str, Tensor], bias: Tensor | None = None
     ) -> Tensor:
-        weight = stored["weight"]
-        if takes(x, weight):
-            return self._stream.normed(x, Norm(gain, eps), weight, bias)
-        return norm_linear(x, gain, eps, stored, bias)
+        y = self._products.run(product(x, stored["weight"], Norm(gain, eps), bias)) if few(x) else None
+        return norm_linear(x, gain, eps, stored, bias) if y is None else y

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from plexor.batch import LayerCache
-from plexor.kernels.cuda.stream_linear import Norm, Rotation, StreamLinear, takes_rotation
+from plexor.kernels.cuda.call import Norm, Rotation, rotated
+from plexor.kernels.cuda.products import Products, few
 from plexor.kernels.triton.norm_rotary_linear import norm_rotary_linear
 
 
@@ -15,7 +16,7 @@ class NormRotaryLinear:
     """As plexor.kernels.reference.norm_rotary_linear, for one layer."""
 
     def __init__(self) -> None:
-        self._stream = StreamLinear()
+        self._products = Products()
 
     def __call__(
         self,
@@ -30,7 +31,8 @@ class NormRotaryLinear:
         cache: LayerCache,
         bias: Tensor | None = None,
     ) -> Tensor:
-        weight, rotation = stored["weight"], Rotation(cos, sin, positions, slots, cache)
-        if takes_rotation(x, weight, rotation):
-            return self._stream.rotated(x, Norm(gain, eps), weight, bias, rotation)
-        return norm_rotary_linear(x, gain, eps, stored, cos, sin, positions, slots, cache, bias)
+        rotation = Rotation(cos, sin, positions, slots, cache)
+        q = self._products.run(rotated(x, stored["weight"], Norm(gain, eps), bias, rotation)) if few(x) else None
+        if q is None:
+            return norm_rotary_linear(x, gain, eps, stored, cos, sin, positions, slots, cache, bias)
+        return q

@@ -24,11 +24,12 @@ from plexor.errors import PlexorError
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """A kernel that can be launched. shared_bytes: dynamic shared memory of each block."""
+    """A kernel that can be launched: threads and bytes of shared memory of each block, blocks of each cluster."""
 
     function: Any
     threads: int
     shared_bytes: int
+    cluster: int = 1
 
     def launch(self, num_blocks: int, arguments: Sequence[Any]) -> None:
         """Queue it on torch's current stream; it may start while the kernel before it ends, and must wait for that one
@@ -37,26 +38,25 @@ class Program:
         arguments: for each parameter an object whose `getPtr()` is its address, or a ctypes structure.
         """
         addresses = (ctypes.c_void_p * len(arguments))(*map(_address, arguments))
-        value = driver.CUlaunchAttributeValue()
-        value.programmaticStreamSerializationAllowed = 1
-        attribute = driver.CUlaunchAttribute()
-        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-        attribute.value = value
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = num_blocks, 1, 1
         config.blockDimX, config.blockDimY, config.blockDimZ = self.threads, 1, 1
         config.sharedMemBytes = self.shared_bytes
         config.hStream = torch.cuda.current_stream().cuda_stream
-        config.attrs, config.numAttrs = [attribute], 1
+        config.attrs = [_overlapping(), _clustered(self.cluster)]
+        config.numAttrs = len(config.attrs)
         checked(driver.cuLaunchKernelEx(config, self.function, ctypes.addressof(addresses), 0))
 
 
-def load(source: Path, name: str, defines: Mapping[str, int], threads: int, shared_bytes: int) -> Program:
-    """The kernel `name` of a source file, compiled for the current device with these macros."""
+def load(name: str, defines: Mapping[str, int], threads: int, shared_bytes: int, cluster: int = 1) -> Program:
+    """The kernel of this name and source file, compiled for the current device with these macros."""
     torch.cuda.current_stream()  # the driver's calls below need torch's context
+    folder = Path(__file__).parent
+    macros = "".join(f"#define {key} {int(value)}\n" for key, value in defines.items())
+    source = macros + "".join((folder / file).read_text() for file in ("linear.cuh", f"{name}.cu"))
     major, minor = torch.cuda.get_device_capability()
-    options = (f"--gpu-architecture=sm_{major}{minor}", "-std=c++17", *(f"-D{k}={int(v)}" for k, v in defines.items()))
-    module = checked(driver.cuModuleLoadData(_machine_code(source.read_text(), options)))
+    options = (f"--gpu-architecture=sm_{major}{minor}a", "-std=c++17")
+    module = checked(driver.cuModuleLoadData(_machine_code(source, options)))
     function = checked(driver.cuModuleGetFunction(module, name.encode()))
     attribute = driver.CUfunction_attribute
     for key, value in (
@@ -64,7 +64,7 @@ def load(source: Path, name: str, defines: Mapping[str, int], threads: int, shar
         (attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100),
     ):
         checked(driver.cuFuncSetAttribute(function, key, value))
-    return Program(function, threads, shared_bytes)
+    return Program(function, threads, shared_bytes, cluster)
 
 
 def checked(result: tuple[Any, ...]) -> Any:
@@ -75,6 +75,25 @@ def checked(result: tuple[Any, ...]) -> Any:
             f"the CUDA driver refused a kernel of Plexor's ({status.name}): choose another provider with --kernel"
         )
     return values[0] if values else None
+
+
+def _overlapping() -> Any:
+    """Programmatic dependent launch."""
+    value = driver.CUlaunchAttributeValue()
+    value.programmaticStreamSerializationAllowed = 1
+    attribute = driver.CUlaunchAttribute()
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute.value = value
+    return attribute
+
+
+def _clustered(num_blocks: int) -> Any:
+    value = driver.CUlaunchAttributeValue()
+    value.clusterDim.x, value.clusterDim.y, value.clusterDim.z = num_blocks, 1, 1
+    attribute = driver.CUlaunchAttribute()
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+    attribute.value = value
+    return attribute
 
 
 def _address(argument: Any) -> int:

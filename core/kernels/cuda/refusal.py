@@ -10,6 +10,8 @@ from plexor.extension.specs import Facts
 def refuses(facts: Facts) -> str | None:
     """The reason against a product of these sizes, or None."""
     outputs, inputs = facts.shape.get("out_features", 16), facts.shape.get("in_features", 64)
+    if facts.capability is not None and facts.capability[0] != 9:
+        return "uses instructions of compute capability 9.x, this device has {}.{}".format(*facts.capability)
     if outputs % 16 or inputs % 64:
         return f"copies boxes of 64 inputs for tiles of 16 outputs, which {inputs} and {outputs} are not multiples of"
     if facts.device == "cuda" and find_spec("cuda") is None:

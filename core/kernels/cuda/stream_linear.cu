@@ -19,15 +19,6 @@
 // X_ROWS (rows of x that are copied), HALF (1 for float16, 0 for bfloat16), NORM, EPILOGUE and NARROW (the cache holds
 // float8_e4m3fn).
 
-#define STORE 0   // y = product
-#define ADD 1     // y = residual + product
-#define GATED 2   // y = silu(product of group 0) * product of group 1
-#define ROTARY 3  // queries turned into y; keys turned, and values, into the cache
-
-typedef unsigned u32;
-typedef unsigned short u16;
-typedef unsigned long long u64;
-
 constexpr int WARPS = 8;
 constexpr int ROWS = 8 * BLOCKS;
 constexpr int TILES_N = COLUMNS / 8;
@@ -41,60 +32,6 @@ constexpr int MOST_STAGES = 16;
 constexpr int MOST_STEPS = 64;  // of DEPTH k, with x resident
 constexpr int SUMS = BLOCKS * TILES_N * 4 * 32;  // numbers in one warp's partial sum
 constexpr int BUFFERS = SUMS <= 128 ? 2 : 1;     // partial sums of two tiles, where there is room: one barrier less
-constexpr u64 EVICT_FIRST = 0x12F0000000000000ull;
-
-struct alignas(64) TensorMap {
-  u64 opaque[16];
-};
-
-struct Arguments {
-  const void* bias;      // [N] or null
-  const void* residual;  // ADD: [T, N]
-  void* y;               // [T, N], GATED [T, N / 2], ROTARY [T, heads * head_size]
-  const float* cos;      // ROTARY: [P, head_size / 2]
-  const float* sin;
-  const long long* positions;  // [T]
-  const long long* slots;      // [T], -1 stores nothing
-  void* keys;
-  void* values;
-  long long entry_stride;  // of the cache, in numbers
-  long long y_stride;
-  long long residual_stride;
-  int num_rows;      // T
-  int num_outputs;   // N
-  int num_inputs;    // K
-  int pair;          // distance of the two groups
-  int stages;
-  int num_heads;     // ROTARY: query heads
-  int num_kv_heads;
-  float eps;
-};
-
-__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
-__device__ __forceinline__ void barrier_init(u32 barrier, int count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count));
-}
-
-__device__ __forceinline__ void barrier_expect(u32 barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive(u32 barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again;\n"
-      "}"
-      ::"r"(barrier), "r"(parity)
-      : "memory");
-}
 
 __device__ __forceinline__ void copy_weight(u32 target, const TensorMap* map, int row, int box, u32 barrier) {
   asm volatile(
@@ -119,19 +56,11 @@ __device__ __forceinline__ void copy_gain(u32 target, const TensorMap* map, int 
       : "memory");
 }
 
-__device__ __forceinline__ void fetch_map(const TensorMap* map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
-
 __device__ __forceinline__ uint4 load_shared(u32 address) {
   uint4 v;
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
   return v;
 }
-
-__device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-
-__device__ __forceinline__ void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;"); }
 
 __device__ __forceinline__ void mma(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
 #if HALF
@@ -141,26 +70,6 @@ __device__ __forceinline__ void mma(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u3
 #endif
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
-__device__ __forceinline__ float widen(u16 bits) {
-#if HALF
-  float f;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(bits));
-  return f;
-#else
-  return __uint_as_float((u32)bits << 16);
-#endif
-}
-
-__device__ __forceinline__ u16 narrow(float f) {
-  u16 bits;
-#if HALF
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(f));
-#else
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(f));
-#endif
-  return bits;
 }
 
 __device__ __forceinline__ u32 multiply_pair(u32 a, u32 b) {
@@ -180,71 +89,6 @@ __device__ __forceinline__ float square_pair(float sum, u32 pair) {
 
 __device__ __forceinline__ float square_all(float sum, uint4 v) {
   return square_pair(square_pair(square_pair(square_pair(sum, v.x), v.y), v.z), v.w);
-}
-
-// The first row of a tile's first group: groups of PAIR rows, in which tiles follow one another, alternate.
-__device__ __forceinline__ int tile_row(int tile, int pair) {
-  const int tiles_in_group = pair / ROWS;
-  return tile / tiles_in_group * 2 * pair + tile % tiles_in_group * ROWS;
-}
-
-#if EPILOGUE == ROTARY
-__device__ __forceinline__ void store_entry(void* cache, long long index, float value) {
-#if NARROW
-  u16 bits;
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(bits) : "f"(0.0f), "f"(value));
-  ((unsigned char*)cache)[index] = (unsigned char)bits;
-#else
-  ((u16*)cache)[index] = narrow(value);
-#endif
-}
-
-__device__ __forceinline__ void store_head_pair(const Arguments& a, int m, int row, float first, float second) {
-  const int half = a.pair, size = 2 * half, head = row / size, feature = row % size;
-  float low = widen(narrow(first)), high = widen(narrow(second));
-  if (head < a.num_heads + a.num_kv_heads) {
-    const long long angle = a.positions[m] * half + feature;
-    const float c = a.cos[angle], s = a.sin[angle];
-    const float turned = low * c - high * s;
-    high = high * c + low * s;
-    low = turned;
-  }
-  if (head < a.num_heads) {
-    u16* target = (u16*)a.y + m * a.y_stride + row;
-    target[0] = narrow(low);
-    target[half] = narrow(high);
-    return;
-  }
-  const long long slot = a.slots[m];
-  if (slot < 0) return;
-  const int kv_head = head - a.num_heads;
-  const bool is_key = kv_head < a.num_kv_heads;
-  void* cache = is_key ? a.keys : a.values;
-  const long long entry = slot * a.entry_stride + (is_key ? kv_head : kv_head - a.num_kv_heads) * size + feature;
-  store_entry(cache, entry, widen(narrow(low)));
-  store_entry(cache, entry + half, widen(narrow(high)));
-}
-#endif
-
-__device__ __forceinline__ void store_pair(const Arguments& a, int m, int row, float first, float second) {
-  if (a.bias) {
-    first += widen(((const u16*)a.bias)[row]);
-    second += widen(((const u16*)a.bias)[row + a.pair]);
-  }
-#if EPILOGUE == ROTARY
-  store_head_pair(a, m, row, first, second);
-#elif EPILOGUE == GATED
-  ((u16*)a.y)[m * a.y_stride + row] = narrow(first / (1.0f + __expf(-first)) * second);
-#else
-  u16* target = (u16*)a.y + m * a.y_stride + row;
-#if EPILOGUE == ADD
-  const u16* residual = (const u16*)a.residual + m * a.residual_stride + row;
-  first += widen(residual[0]);
-  second += widen(residual[a.pair]);
-#endif
-  target[0] = narrow(first);
-  target[a.pair] = narrow(second);
-#endif
 }
 
 extern "C" __global__ void __launch_bounds__((WARPS + 2) * 32, 1) stream_linear(
@@ -281,7 +125,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + 2) * 32, 1) stream_linear(
     if (lane == 0) {
       bool first = RESIDENT && NORM;
       for (int tile = blockIdx.x; tile < num_tiles; tile += gridDim.x, first = false) {
-        const int row = tile_row(tile, a.pair);
+        const int row = tile_row(tile, ROWS, a.pair);
         for (int step = 0; step < num_steps; step++) {
           barrier_wait(empty + 8 * stage, phase ^ 1);
           const u32 done = full + 8 * stage;
@@ -383,7 +227,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + 2) * 32, 1) stream_linear(
     }
 #endif
     asm volatile("bar.sync 1, %0;" ::"n"(WARPS * 32) : "memory");
-    const int first_row = tile_row(tile, a.pair);
+    const int first_row = tile_row(tile, ROWS, a.pair);
     for (int i = threadIdx.x; i < SUMS / 2; i += WARPS * 32) {
       const int l = i % 32, e = i / 32 % 2, n = i / 64 % TILES_N, b = i / 64 / TILES_N;
       const int m = n * 8 + l % 4 * 2 + e;

@@ -1,0 +1,73 @@
+"""Products of 17 to 256 rows on the tensor cores, over weights that stream through shared memory.
+
+The kernel, its picture and its terms are in wide_linear.cu. Norms come before it, as a kernel of their own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plexor.kernels.cuda.call import BOX, Call, num_multiprocessors, tensor_map
+from plexor.kernels.cuda.program import Program, load
+
+MAX_ROWS = 256
+_ROWS = 64
+_THREADS = 320
+_MOST_STAGES = 16
+_SHARED_BYTES = 226 * 1024
+
+
+def split_for(num_columns: int, num_outputs: int, num_blocks: int) -> int:
+    """Blocks that share a tile, so that layers with few outputs keep the multiprocessors busy."""
+    num_tiles = num_outputs // (2 * _ROWS)
+    return max(split for split in (1, 2, 4) if split == 1 or num_tiles * split <= num_blocks)
+
+
+class WideLinear:
+    """The product of one layer. Compiled variants and the weight's tensor map are kept from call to call."""
+
+    def __init__(self) -> None:
+        self._programs: dict[tuple[int, ...], Program] = {}
+        self._weight_maps: dict[tuple[int, int], Any] = {}
+
+    def takes(self, call: Call) -> bool:
+        """Up to 256 rows, whose weight has whole tiles of 128 rows."""
+        num_outputs = call.weight.shape[0]
+        return (
+            0 < call.num_rows <= MAX_ROWS
+            and num_outputs % (2 * _ROWS) == (call.pair or _ROWS) % _ROWS == 0
+            and call.lies_well()
+        )
+
+    def launch(self, call: Call) -> None:
+        """Queue it on the current stream; call.norm must have been applied."""
+        x, weight, arguments = call.x, call.weight, call.arguments
+        (num_rows, num_inputs), num_outputs = x.shape, weight.shape[0]
+        columns = max(32, 1 << (num_rows - 1).bit_length())
+        split = split_for(columns, num_outputs, num_multiprocessors(x))
+        stage_bytes = (2 * _ROWS + columns) * BOX * 2
+        stages = min(_SHARED_BYTES // stage_bytes, _MOST_STAGES)
+        pair = call.pair or _ROWS
+        arguments.num_rows, arguments.num_inputs, arguments.num_outputs = num_rows, num_inputs, num_outputs
+        arguments.pair, arguments.stages = pair, stages
+        key = (columns, split, x.dtype == torch.float16, call.epilogue, call.narrow)
+        if key not in self._programs:
+            defines = dict(zip(("COLUMNS", "SPLIT", "HALF", "EPILOGUE", "NARROW"), key, strict=True))
+            self._programs[key] = load("wide_linear", defines, _THREADS, stages * stage_bytes, cluster=split)
+        x_map = tensor_map(x, (num_inputs, num_rows), (x.stride(0),), (BOX, columns))
+        num_tiles = num_outputs // (2 * _ROWS)
+        num_blocks = num_tiles * split if split > 1 else min(num_tiles, num_multiprocessors(x))
+        self._programs[key].launch(num_blocks, (self._weight_map(weight, pair), x_map, arguments))
+
+    def _weight_map(self, weight: Tensor, pair: int) -> Any:
+        """Eight rows of the first group, eight of the second, and so on by turns."""
+        key = (weight.data_ptr(), pair)
+        if key not in self._weight_maps:
+            num_outputs, num_inputs = weight.shape
+            sizes = (BOX, 8, 2, (num_outputs - pair) // 8, num_inputs // BOX)
+            strides = (num_inputs, pair * num_inputs, 8 * num_inputs, BOX)
+            self._weight_maps[key] = tensor_map(weight, sizes, strides, (BOX, 8, 2, 8, 1))
+        return self._weight_maps[key]
