@@ -35,6 +35,7 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	$(VENV)/bin/python bench/cpu.py
+	$(VENV)/bin/plexor bench --model demo --workloads decode_bs1,decode_bs8 --device cpu
 
 # What the known plugins offer, for the errors about plugins that are not installed.
 index: $(STAMP)

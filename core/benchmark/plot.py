@@ -17,19 +17,20 @@ def check_plotting() -> None:
 
 
 def plot_figures(figures: Sequence[Figure], title: str, file: Path) -> None:
-    """One bar for each figure that has a limit: its share of it, with both written beside; the file's ending decides
-    on the format. ConfigError if it cannot be written.
+    """One bar for each speed that has a limit: its share of it, with both written beside.
+
+    The file's ending decides on the format; ConfigError if it cannot be written.
     """
     from matplotlib.figure import Figure as Picture
 
-    bars = [(figure, figure.share) for figure in reversed(figures) if figure.share is not None]
+    bars = [(figure, figure.share) for figure in reversed(figures) if figure.share is not None and figure.unit != "GiB"]
     picture = Picture(figsize=(9, 1.2 + 0.42 * len(bars)), layout="constrained")
     axes = picture.subplots()
     axes.barh(range(len(bars)), [share for _, share in bars], color="tab:blue")
     axes.axvline(1, color="black", linestyle="--", linewidth=1)
     for place, (figure, share) in enumerate(bars):
         limit = "" if figure.limit is None else digits(figure.limit)
-        axes.text(share, place, f" {digits(figure.value)} of {limit} {figure.unit}", va="center", fontsize=8)
+        axes.text(share, place, f" {digits(figure.value)} {figure.unit}, limit {limit}", va="center", fontsize=8)
     axes.set_yticks(range(len(bars)), [f"{figure.workload}, {figure.metric}" for figure, _ in bars])
     axes.set_xlim(0, 1.35 * max([1.0, *(share for _, share in bars)]))
     axes.xaxis.set_major_formatter("{x:.0%}")

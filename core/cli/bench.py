@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"with commas between: start, decode_bsN, prefill_Nk, serve_IN_OUT (default: {DEFAULT})",
     )
     group.add_argument(
-        "--repeats", type=count, metavar="N", help="of which the median counts (default: 3, serve workloads 1)"
+        "--repeats", type=count, metavar="N", help="runs of which the median counts (default: 3, of serve workloads 1)"
     )
     group.add_argument("--json", metavar="FILE", help="merge the figures into this file")
     group.add_argument("--plot", metavar="FILE", help="draw how much of its limit each figure reaches")
