@@ -7,40 +7,48 @@ from torch import Tensor
 
 from plexor.batch import LayerCache, Pages
 from plexor.kernels.triton.decode_attention import DecodeAttention
-from plexor.kernels.triton.prefill_attention import prefill_attention
+from plexor.kernels.triton.prefill_attention import Pieces, prefill_attention
 
 
 class PagedAttention:
     """The attention of one layer."""
 
     def __init__(self) -> None:
-        self._attend_decodes = DecodeAttention()
+        self._decodes = DecodeAttention()
 
     def __call__(self, q: Tensor, cache: LayerCache, pages: Pages, scale: float, window: int | None) -> Tensor:
-        """As plexor.kernels.reference.paged_attention; the cache's entries [K, D] are contiguous."""
+        """As plexor.kernels.reference.paged_attention; scale > 0, the cache's entries [K, D] are contiguous."""
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         num_decodes = pages.num_decodes
         if num_decodes:
-            self._attend_decodes(
-                q[:num_decodes], cache, pages.block_table, pages.kv_length, scale, window, out[:num_decodes]
-            )
+            self.attend_decodes(q, cache, pages, scale, window, out)
         if num_decodes == pages.kv_length.shape[0]:
             out[num_decodes:].zero_()
         else:
-            prefill_attention(q[num_decodes:], cache, after_decodes(pages), scale, window, out[num_decodes:])
+            pieces = after_decodes(pages, q.shape[0])
+            prefill_attention(q[num_decodes:], cache, pieces, scale, window, out[num_decodes:])
         return out
 
+    def attend_decodes(
+        self, q: Tensor, cache: LayerCache, pages: Pages, scale: float, window: int | None, out: Tensor
+    ) -> None:
+        """Attend the first rows of q, those of the decodes, into the first rows of out."""
+        rows = slice(pages.num_decodes)
+        self._decodes(q[rows], cache, pages.block_table, pages.kv_length, scale, window, out[rows])
 
-def after_decodes(pages: Pages) -> Pages:
-    """The sequences after the decodes, their rows counted from their first."""
-    if pages.num_decodes == 0:
-        return pages
+
+def after_decodes(pages: Pages, num_rows: int) -> Pieces:
+    """All sequences after the decodes, and the rows after the last; their rows are counted from the first of them."""
     if __name__ not in pages.memo:
-        pages.memo[__name__] = Pages(
-            query_start=pages.query_start[pages.num_decodes :] - pages.num_decodes,
-            kv_length=pages.kv_length[pages.num_decodes :],
-            block_table=pages.block_table[pages.num_decodes :],
-            max_query=pages.max_query,
+        decodes = pages.num_decodes
+        row_end = pages.query_start[decodes + 1 :]
+        pages.memo[__name__] = Pieces(
+            num_rows=num_rows - decodes,
+            longest=pages.max_query,
+            row_end=row_end - decodes if decodes else row_end,
+            row_shift=None,
+            kv_length=pages.kv_length[decodes:],
+            block_table=pages.block_table[decodes:],
         )
-    rest: Pages = pages.memo[__name__]
-    return rest
+    pieces: Pieces = pages.memo[__name__]
+    return pieces

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from plexor.batch import LayerCache, Pages
+from plexor.batch import LayerCache
 from plexor.kernels.triton.attention import LOG2_E, LOWEST, compute_dtype, load_queries, place_in_blocks, widen
 from plexor.kernels.triton.ragged import find_owner, tile_rows
 
@@ -115,7 +115,8 @@ def prefill_attention_kernel(
     keys,
     values,
     block_table,
-    query_end,
+    row_end,
+    row_shift,
     kv_length,
     out,
     num_rows,
@@ -137,6 +138,7 @@ def prefill_attention_kernel(
     COMPUTE: tl.constexpr,
     UNIT: tl.constexpr,
     WINDOWED: tl.constexpr,
+    SHIFTED: tl.constexpr,
 ):
     """One program: TILE rows of a sequence times the GROUP query heads that share a KV head.
 
@@ -149,14 +151,16 @@ def prefill_attention_kernel(
     # A sequence's last rows see the most positions: they come first, so that no long program starts at the end.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     kv_head = tl.program_id(1)
-    sequence = find_owner(query_end, num_sequences, tile, TILE)
-    first, end = tile_rows(query_end, num_sequences, num_rows, sequence, tile, TILE)
+    sequence = find_owner(row_end, num_sequences, tile, TILE)
+    first, end = tile_rows(row_end, num_sequences, num_rows, sequence, tile, TILE)
     if first >= end:
         return
     lane = tl.arange(0, LANES)
     row = first + lane // GROUP
     head = kv_head * GROUP + lane % GROUP
     used = (lane < TILE * GROUP) & (row < end)
+    if SHIFTED:
+        row += tl.load(row_shift + sequence)
     feature = tl.arange(0, SIZE)
     stored = used[:, None] & (feature < HEAD_SIZE)[None, :]
     target = out + row.to(tl.int64)[:, None] * out_row_stride + head[:, None] * HEAD_SIZE + feature[None, :]
@@ -254,39 +258,57 @@ def prefill_attention_kernel(
     tl.store(target, average.to(out.dtype.element_ty), mask=stored)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Pieces:
+    """Rows that are attended in one launch, the last positions of S sequences.
+
+    num_rows: of all of them, and of padding, which becomes zeros. longest: rows of the longest. row_end [S] int32:
+    where each one's rows end. row_shift [S] int32: how much further down in the batch a sequence's rows lie; None where
+    all rows of the batch are meant. kv_length [S], block_table [S, B]: as in Pages.
+    """
+
+    num_rows: int
+    longest: int
+    row_end: Tensor
+    row_shift: Tensor | None
+    kv_length: Tensor
+    block_table: Tensor
+
+
 def prefill_attention(
     q: Tensor,
     cache: LayerCache,
-    pages: Pages,
+    pieces: Pieces,
     scale: float,
     window: int | None,
     out: Tensor,
     tuning: PrefillTuning | None = None,
 ) -> None:
-    """As plexor.kernels.reference.paged_attention, into out [T, N, D]; scale > 0, the entries [K, D] are contiguous."""
-    num_rows, num_heads, head_size = q.shape
+    """Attend the pieces' rows of q [T, N, D] into out; scale > 0, the cache's entries [K, D] are contiguous."""
+    num_heads, head_size = q.shape[1:]
     keys, values = cache["keys"], cache["values"]
     block_size, num_kv_heads = keys.shape[1:3]
-    num_sequences = pages.kv_length.shape[0]
+    num_sequences = pieces.kv_length.shape[0]
     group = num_heads // num_kv_heads
     size = max(16, triton.next_power_of_2(head_size))
     compute = compute_dtype(q.dtype, keys.dtype)
     if tuning is None:
         products = torch.float32 if compute == tl.float32 else q.dtype
-        tuning = prefill_tuning(pages.max_query * group, size, products)
+        tuning = prefill_tuning(pieces.longest * group, size, products)
     lanes = max(tuning.lanes, triton.next_power_of_2(group))
     tile = lanes // group
-    prefill_attention_kernel[(num_rows // tile + num_sequences + 1, num_kv_heads)](
+    prefill_attention_kernel[(pieces.num_rows // tile + num_sequences + 1, num_kv_heads)](
         q,
         keys,
         values,
-        pages.block_table,
-        pages.query_start[1:],
-        pages.kv_length,
+        pieces.block_table,
+        pieces.row_end,
+        pieces.row_shift,
+        pieces.kv_length,
         out,
-        num_rows,
+        pieces.num_rows,
         num_sequences,
-        pages.block_table.stride(0),
+        pieces.block_table.stride(0),
         q.stride(0),
         q.stride(1),
         out.stride(0),
@@ -303,6 +325,7 @@ def prefill_attention(
         COMPUTE=compute,
         UNIT=compute == tl.float16 and q.dtype != torch.float16,
         WINDOWED=window is not None,
+        SHIFTED=pieces.row_shift is not None,
         num_warps=tuning.warps,
         num_stages=tuning.stages,
         maxnreg=tuning.registers,
