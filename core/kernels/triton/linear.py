@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from plexor.kernels.triton.pdl import launch_next, wait
-from plexor.kernels.triton.stream_linear import load_tile, options, products, takes, tile_for
+from plexor.kernels.triton.stream_linear import first_tiles, options, products, takes, tile_for
 
 
 @triton.jit
@@ -33,10 +33,24 @@ def linear_kernel(
 ):
     own = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     output = tl.minimum(own, num_outputs - 1)
-    tile = load_tile(weight, weight_stride, output, 0, NUM_PAIRS, PAIRS)
+    tiles = first_tiles(weight, weight_stride, output, NUM_PAIRS, PAIRS)
     launch_next(PDL)
     wait(PDL)
-    y = products(tile, weight, weight_stride, output, x, x_stride, gain, eps, ROWS, NUM_PAIRS, OUTPUTS, PAIRS, COMPILED)
+    y = products(
+        tiles,
+        weight,
+        weight_stride,
+        output,
+        x,
+        x_stride,
+        gain,
+        eps,
+        ROWS,
+        NUM_PAIRS,
+        OUTPUTS,
+        PAIRS,
+        COMPILED,
+    )
     if bias is not None:
         y += tl.load(bias + output).to(tl.float32)[:, None]
     row = tl.arange(0, PADDED)

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from plexor.kernels.triton.pdl import launch_next, wait
-from plexor.kernels.triton.stream_linear import load_tile, options, products, takes, tile_for
+from plexor.kernels.triton.stream_linear import first_tiles, options, products, takes, tile_for
 
 
 @triton.jit
@@ -36,13 +36,27 @@ def linear_add_kernel(
     output = tl.minimum(own, num_outputs - 1)
     row = tl.arange(0, PADDED).to(tl.int64)
     inside = (own < num_outputs)[:, None] & (row < ROWS)[None, :]
-    tile = load_tile(weight, weight_stride, output, 0, NUM_PAIRS, PAIRS)
+    tiles = first_tiles(weight, weight_stride, output, NUM_PAIRS, PAIRS)
     launch_next(PDL)
     wait(PDL)
     before = tl.load(residual + row[None, :] * residual_stride + own[:, None], mask=inside, other=0.0).to(tl.float32)
     if bias is not None:
         before += tl.load(bias + output).to(tl.float32)[:, None]
-    y = products(tile, weight, weight_stride, output, x, x_stride, None, 0.0, ROWS, NUM_PAIRS, OUTPUTS, PAIRS, COMPILED)
+    y = products(
+        tiles,
+        weight,
+        weight_stride,
+        output,
+        x,
+        x_stride,
+        None,
+        0.0,
+        ROWS,
+        NUM_PAIRS,
+        OUTPUTS,
+        PAIRS,
+        COMPILED,
+    )
     tl.store(out + row[None, :] * num_outputs + own[:, None], (before + y).to(out.dtype.element_ty), mask=inside)
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 from plexor.kernels.triton.pdl import launch_next, wait
 from plexor.kernels.triton.rms_norm import rms_norm
 from plexor.kernels.triton.silu_mul import silu_mul
-from plexor.kernels.triton.stream_linear import in_pairs, load_tile, options, products, takes, tile_for
+from plexor.kernels.triton.stream_linear import first_tiles, in_pairs, options, products, takes, tile_for
 
 
 @triton.jit
@@ -39,10 +39,24 @@ def norm_gated_linear_kernel(
     first = tl.program_id(0) * (OUTPUTS // 2)
     place = tl.arange(0, OUTPUTS)
     output = tl.minimum(first + place // 2, size - 1) + place % 2 * size
-    tile = load_tile(weight, weight_stride, output, 0, NUM_PAIRS, PAIRS)
+    tiles = first_tiles(weight, weight_stride, output, NUM_PAIRS, PAIRS)
     launch_next(PDL)
     wait(PDL)
-    y = products(tile, weight, weight_stride, output, x, x_stride, gain, eps, ROWS, NUM_PAIRS, OUTPUTS, PAIRS, COMPILED)
+    y = products(
+        tiles,
+        weight,
+        weight_stride,
+        output,
+        x,
+        x_stride,
+        gain,
+        eps,
+        ROWS,
+        NUM_PAIRS,
+        OUTPUTS,
+        PAIRS,
+        COMPILED,
+    )
     if bias is not None:
         y += tl.load(bias + output).to(tl.float32)[:, None]
     gate, up = in_pairs(y)

@@ -15,7 +15,7 @@ from plexor.kernels.triton.kv_write import saturated, storage_limit
 from plexor.kernels.triton.pdl import launch_next, wait
 from plexor.kernels.triton.rms_norm import rms_norm
 from plexor.kernels.triton.rotary_kv_write import rotary_kv_write
-from plexor.kernels.triton.stream_linear import in_pairs, load_tile, options, products, takes, tile_for
+from plexor.kernels.triton.stream_linear import first_tiles, in_pairs, options, products, takes, tile_for
 
 
 @triton.jit
@@ -62,7 +62,7 @@ def norm_rotary_linear_kernel(
     place = tl.arange(0, OUTPUTS)
     pair = tl.minimum(first + place // 2, num_pairs - 1)
     output = pair // half * 2 * half + pair % half + place % 2 * half
-    tile = load_tile(weight, weight_stride, output, 0, NUM_PAIRS, PAIRS)
+    tiles = first_tiles(weight, weight_stride, output, NUM_PAIRS, PAIRS)
     own = first + tl.arange(0, OUTPUTS // 2)
     head = (own // half)[:, None]
     feature = (own % half)[:, None]
@@ -74,7 +74,21 @@ def norm_rotary_linear_kernel(
     turns = head < num_heads + num_kv_heads
     c = tl.load(cos + position * half + feature, mask=turns, other=1.0)
     s = tl.load(sin + position * half + feature, mask=turns, other=0.0)
-    y = products(tile, weight, weight_stride, output, x, x_stride, gain, eps, ROWS, NUM_PAIRS, OUTPUTS, PAIRS, COMPILED)
+    y = products(
+        tiles,
+        weight,
+        weight_stride,
+        output,
+        x,
+        x_stride,
+        gain,
+        eps,
+        ROWS,
+        NUM_PAIRS,
+        OUTPUTS,
+        PAIRS,
+        COMPILED,
+    )
     if bias is not None:
         y += tl.load(bias + output).to(tl.float32)[:, None]
     a, b = in_pairs(y)

@@ -3,10 +3,10 @@
 A program owns a few rows of the weight, which lies as in a checkpoint, and takes them a tile at a time:
 
     weight rows      tile 0        tile 1        tile 2
-    r             [ ........ ]  [ ........ ]  [ ........ ]     the next tile is on its way
-    r + 1         [ ........ ]  [ ........ ]  [ ........ ]     while one is multiplied
+    r             [ ........ ]  [ ........ ]  [ ........ ]     two tiles are on their way, and the one after
+    r + 1         [ ........ ]  [ ........ ]  [ ........ ]     is asked for when the first has been added
 
-The first tile is asked for before the program waits for the kernel that makes x (see pdl.py), so the memory is never
+The first two are asked for before the program waits for the kernel that makes x (see pdl.py), so the memory is never
 idle between products. Sums are float32. A norm of x needs no pass of its own, because its scale leaves the sum:
 
     sum_k w[k] * g[k] * x[k] * rsqrt(mean(x^2) + eps)  =  rsqrt(mean(x^2) + eps) * sum_k w[k] * g[k] * x[k]
@@ -30,7 +30,9 @@ from plexor.kernels.triton.pdl import overlaps
 MAX_ROWS = 4
 """Rows of x: with more, the multiplications take longer than the weights need to come."""
 
-TILE_BYTES = 8192
+WARP_INPUTS = 256
+"""Features of a row that a warp loads at once."""
+
 # Pairs that a thread loads at once, 16 bytes. They are the last axis of every tile, so a sum over it costs no exchange.
 LANE = tl.constexpr(4)
 ALIGNMENT = 16
@@ -69,6 +71,16 @@ def load_tile(weight, weight_stride, output, start, NUM_PAIRS: tl.constexpr, PAI
         return tl.load(source, eviction_policy="evict_first")
     else:
         return tl.load(source, mask=(place < NUM_PAIRS)[None, :, :], other=0, eviction_policy="evict_first")
+
+
+@triton.jit
+def first_tiles(weight, weight_stride, output, NUM_PAIRS: tl.constexpr, PAIRS: tl.constexpr):
+    """The first two tiles of the rows; twice the first where there is one only."""
+    tile = load_tile(weight, weight_stride, output, 0, NUM_PAIRS, PAIRS)
+    if NUM_PAIRS > PAIRS:
+        return tile, load_tile(weight, weight_stride, output, PAIRS, NUM_PAIRS, PAIRS)
+    else:
+        return tile, tile
 
 
 @triton.jit
@@ -138,7 +150,7 @@ def add_both(a, b, c, d):
 
 @triton.jit
 def products(
-    tile,
+    tiles,
     weight,
     weight_stride,
     output,
@@ -152,16 +164,20 @@ def products(
     PAIRS: tl.constexpr,
     COMPILED: tl.constexpr,
 ):
-    """The rows of x, normed where there is a gain, times the weight's rows `output`, the first tile of which is loaded:
+    """The rows of x, normed where there is a gain, times the weight's rows `output`, whose first two tiles are loaded:
     [OUTPUTS, ROWS rounded up to a power of two] float32.
     """
+    tile, following = tiles
     sums = (tl.zeros((OUTPUTS, PAIRS // LANE), tl.float32),) * ROWS
     squares = (tl.zeros((1, PAIRS // LANE), tl.float32),) * ROWS
     LAST: tl.constexpr = (NUM_PAIRS - 1) // PAIRS * PAIRS
-    for start in range(0, LAST, PAIRS):
-        following = load_tile(weight, weight_stride, output, start + PAIRS, NUM_PAIRS, PAIRS)
-        send_off(COMPILED)
+    for start in range(0, LAST - PAIRS, PAIRS):
         sums, squares = add_tile(sums, squares, tile, x, x_stride, gain, start, ROWS, NUM_PAIRS, PAIRS)
+        tile = following
+        following = load_tile(weight, weight_stride, output, start + 2 * PAIRS, NUM_PAIRS, PAIRS)
+        send_off(COMPILED)
+    if LAST > 0:
+        sums, squares = add_tile(sums, squares, tile, x, x_stride, gain, LAST - PAIRS, ROWS, NUM_PAIRS, PAIRS)
         tile = following
     sums, squares = add_tile(sums, squares, tile, x, x_stride, gain, LAST, ROWS, NUM_PAIRS, PAIRS)
     total = side_by_side(sums, ROWS)
@@ -183,25 +199,27 @@ def in_pairs(value):
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """outputs: rows of the weight that a program owns, at least 2. inputs: features of them that it loads together."""
+    """outputs: rows of the weight that a program owns, at least 2. inputs: features of them in a tile, at least 256 for
+    each warp, because threads that hold the same numbers would have to exchange them. registers: most of a thread; None
+    for as many as the assembler takes.
+    """
 
     outputs: int
     inputs: int
     warps: int
+    registers: int | None = None
 
 
 def tile_for(num_inputs: int, num_rows: int) -> Tile:
-    """8 KB, of which each of four warps' threads holds four 16-byte loads.
-
-    Two rows of the weight are fastest, four where they are long (measured on an H200), and where x has several rows,
-    which the weight's share; more where only shorter tiles fill a row without a rest.
+    """A thread loads 16 bytes of each row of a tile. Two rows, four where they are long, or where x has several, whose
+    numbers the weight's rows share.
     """
-    least = 4 if num_inputs > 8192 or num_rows > 1 else 2
-    for outputs in (least, 4, 8):
-        inputs = TILE_BYTES // 2 // outputs
-        if num_inputs % inputs == 0:
-            return Tile(outputs, inputs, 4)
-    return Tile(least, min(TILE_BYTES // 2 // least, triton.next_power_of_2(num_inputs)), 4)
+    is_long = num_inputs > 8192
+    outputs = 4 if is_long or num_rows > 1 else 2
+    inputs = min(1024, max(WARP_INPUTS, triton.next_power_of_2(num_inputs)))
+    if num_inputs % 1024 and num_inputs % 512 == 0:
+        inputs = 512
+    return Tile(outputs, inputs, inputs // WARP_INPUTS, 64 if is_long and num_rows == 1 else None)
 
 
 def takes(x: Tensor, weight: Tensor) -> bool:
@@ -227,7 +245,5 @@ def options(x: Tensor, tile: Tile) -> dict[str, Any]:
         "PDL": pdl,
         "launch_pdl": pdl,
         "num_warps": tile.warps,
-        # Eight programs of four warps for each multiprocessor: one row needs a few registers less than the assembler
-        # would take.
-        "maxnreg": 64 if x.shape[0] == 1 else None,
+        "maxnreg": tile.registers,
     }
