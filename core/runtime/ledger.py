@@ -10,9 +10,11 @@ from plexor.checkpoint.folder import ModelFolder
 from plexor.config import EngineConfig
 from plexor.extension.catalog import Catalog
 from plexor.kernels.table import Choice
+from plexor.runtime.footprint import activation_bytes, graph_bytes, table_bytes
+from plexor.runtime.graphs import decode_buckets
 from plexor.runtime.kv_cache import block_bytes, cpu_cache_bytes, machine_bytes
 from plexor.runtime.loading import BuiltModel, plan_model
-from plexor.runtime.ranks import activation_bytes, context_length, most_blocks
+from plexor.runtime.ranks import context_length, max_blocks, most_blocks, replays_decodes
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,17 +49,21 @@ def make_plan(config: EngineConfig, catalog: Catalog, folder: ModelFolder) -> Ru
     total = _device_bytes(device)
     usable = int(total * config.memory_fraction) if device.type == "cuda" else total
     weights = weight_bytes(built)
-    step = activation_bytes(built, config.step_tokens(built.build.device.type), config.max_sequences)
-    left = usable - weights - step
+    num_tokens, num_sequences = config.step_tokens(device.type), config.max_sequences
+    tables = table_bytes(num_sequences, max_blocks(config, max_length))
+    step = activation_bytes(built, num_tokens, num_sequences) + tables
+    replays = replays_decodes(config, device)
+    graphs = graph_bytes(built, num_sequences) if replays else 0
+    left = usable - weights - step - graphs
     budget = left if device.type == "cuda" else min(left, cpu_cache_bytes(config.tensor_parallel))
     num_blocks = config.num_blocks or max(min(budget // each, most_blocks(config, max_length)), 0)
     cached = num_blocks * config.block_size
     lines = (
         LedgerLine("weights", weights, f"precision {config.precision}"),
         LedgerLine("KV blocks", num_blocks * each, f"{num_blocks:,} of {config.block_size} tokens: {cached:,} tokens"),
-        LedgerLine("activations", step, f"a step of {config.step_tokens(device.type):,} tokens, an estimate"),
-        LedgerLine("graphs", 0, "steps run without captured graphs"),
-        LedgerLine("left", usable - weights - step - num_blocks * each, f"of {usable:,} bytes usable"),
+        LedgerLine("activations", step, f"a step of {num_tokens:,} tokens, an estimate"),
+        LedgerLine("graphs", graphs, _graphs_note(num_sequences) if replays else "decode steps are not captured"),
+        LedgerLine("left", left - num_blocks * each, f"of {usable:,} bytes usable"),
     )
     return RunPlan(
         _device_name(device),
@@ -68,6 +74,11 @@ def make_plan(config: EngineConfig, catalog: Catalog, folder: ModelFolder) -> Ru
         lines,
         _verdict(left, num_blocks, cached, max_length),
     )
+
+
+def _graphs_note(num_sequences: int) -> str:
+    count = len(decode_buckets(num_sequences))
+    return f"decode steps of up to {num_sequences:,} sequences in {count} sizes, an estimate"
 
 
 def weight_bytes(built: BuiltModel) -> int:

@@ -22,8 +22,8 @@ from plexor.checkpoint.loader import LoadReport, Progress
 from plexor.config import EngineConfig
 from plexor.errors import ConfigError, PlexorError
 from plexor.extension.catalog import Catalog
-from plexor.model.linear import LinearWeight
 from plexor.parallel.mesh import Mesh
+from plexor.runtime.footprint import activation_bytes, graph_bytes, table_bytes
 from plexor.runtime.graphs import decode_buckets
 from plexor.runtime.kv_cache import allocate, block_bytes, check_blocks, cpu_cache_bytes, fit_blocks, unused_bytes
 from plexor.runtime.loading import BuiltModel, choose_device, choose_placement, draw_model, load_model, plan_model
@@ -85,7 +85,7 @@ def make_rank(
         built,
         cache,
         num_slots=config.max_sequences,
-        max_blocks=-(-max_length // config.block_size),
+        max_blocks=max_blocks(config, max_length),
         block_size=config.block_size,
         buckets=decode_buckets(config.max_sequences) if replays_decodes(config, placement.device) else (),
     )
@@ -111,34 +111,35 @@ def _fitting_blocks(config: EngineConfig, built: BuiltModel, max_length: int) ->
     if config.num_blocks is not None:
         check_blocks(config.num_blocks, each, unused_bytes(built.build.device))
         return config.num_blocks
-    return fit_blocks(_free_bytes(config, built), each, most_blocks(config, max_length))
+    return fit_blocks(_free_bytes(config, built, max_length), each, most_blocks(config, max_length))
 
 
 def most_blocks(config: EngineConfig, max_length: int) -> int:
     """What as many requests as may run at once can fill, each of the full context."""
-    return config.max_sequences * -(-max_length // config.block_size)
+    return config.max_sequences * max_blocks(config, max_length)
 
 
-def _free_bytes(config: EngineConfig, built: BuiltModel) -> int:
+def max_blocks(config: EngineConfig, max_length: int) -> int:
+    """Blocks of a full context."""
+    return -(-max_length // config.block_size)
+
+
+def _free_bytes(config: EngineConfig, built: BuiltModel, max_length: int) -> int:
     """Memory for the cache: what is left beside the weights, less what a step needs."""
     device = built.build.device
     if device.type == "cpu":
         return cpu_cache_bytes(built.build.mesh.size)
     total = torch.cuda.get_device_properties(device).total_memory
     keep_clear = int(total * (1 - config.memory_fraction))
-    step = activation_bytes(built, config.step_tokens(built.build.device.type), config.max_sequences)
-    return unused_bytes(device) - keep_clear - step
+    return unused_bytes(device) - keep_clear - step_bytes(config, built, max_length)
 
 
-def activation_bytes(built: BuiltModel, num_tokens: int, num_rows: int) -> int:
-    """What a full step needs beside weights and cache, estimated from the widest layer: its input, output and one
-    intermediate for each token, and three float32 copies of the logits.
-    """
-    widest = 0
-    for module in built.module.modules():
-        if isinstance(module, LinearWeight):
-            widest = max(widest, 2 * module.shape.out_features + 2 * module.shape.in_features)
-    return num_tokens * widest * built.build.dtype.itemsize + 3 * 4 * num_rows * built.config.vocab_size
+def step_bytes(config: EngineConfig, built: BuiltModel, max_length: int) -> int:
+    """Memory for what is neither a weight nor the cache, captured graphs included."""
+    device = built.build.device
+    tables = table_bytes(config.max_sequences, max_blocks(config, max_length))
+    graphs = graph_bytes(built, config.max_sequences) if replays_decodes(config, device) else 0
+    return activation_bytes(built, config.step_tokens(device.type), config.max_sequences) + tables + graphs
 
 
 class Ranks:

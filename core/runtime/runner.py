@@ -20,6 +20,9 @@ from plexor.runtime.request import TokenLogprobs
 from plexor.runtime.sampler import LogprobRows, Sampler, Settings
 from plexor.runtime.state import Array, SlotState, send
 
+REDRAWN = 64
+"""Rows whose logits are changed together: each takes several times its logits of memory meanwhile."""
+
 
 @dataclass(frozen=True, slots=True)
 class Pending:
@@ -151,8 +154,9 @@ class Runner:
         """The step's ids [R], drawn again where a row changes its logits, and the log probabilities asked for."""
         ids = drawn.ids[: len(slots)]
         changed = self._sampler.changed_rows(slots)
-        if changed:
-            rows, slots_of_rows, again = self._sampler.redraw(drawn.logits, changed, slots, drawn.settings, drawn.steps)
+        for start in range(0, len(changed), REDRAWN):
+            some = changed[start : start + REDRAWN]
+            rows, slots_of_rows, again = self._sampler.redraw(drawn.logits, some, slots, drawn.settings, drawn.steps)
             ids = ids.index_copy(0, rows, again)
             self._state.record(slots_of_rows, again)
         return ids, self._sampler.logprobs(drawn.logits, ids, slots)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from plexor import Engine, EngineConfig, SamplingParams
-from plexor.runtime import ranks
+from plexor.runtime import ranks, runner
 from plexor.runtime.graphs import decode_buckets
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_end=True)
@@ -55,9 +55,10 @@ def test_buckets_grow_with_what_they_hold() -> None:
 @pytest.mark.parametrize("steps_ahead", [0, 1])
 @pytest.mark.parametrize("num_blocks", [64, 12])
 def test_arrivals_ends_and_preemption_change_no_token(
-    tiny: Path, alone: Engine, padded: None, steps_ahead: int, num_blocks: int
+    tiny: Path, alone: Engine, padded: None, monkeypatch: pytest.MonkeyPatch, steps_ahead: int, num_blocks: int
 ) -> None:
     """Requests join and leave at different steps, so that rows move, buckets change and mixed steps come between."""
+    monkeypatch.setattr(runner, "REDRAWN", 2)
     asked = [(prompt, (GREEDY, DRAWN, SPECIAL)[i % 3]) for i, prompt in enumerate(prompts(11, seed=4))]
     expected = [alone.generate([prompt], sampling)[0] for prompt, sampling in asked]
     with engine(tiny, steps_ahead=steps_ahead, num_blocks=num_blocks, chunk=9) as crowded:
