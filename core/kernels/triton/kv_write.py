@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from plexor.batch import LayerCache
+from plexor.kernels.triton.pdl import launch_next, overlaps, wait
 
 WIDTH = 1024
 
@@ -35,7 +36,10 @@ def kv_write_kernel(
     entry_stride,
     limit,
     WIDTH: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    launch_next(PDL)
+    wait(PDL)
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token)
     element = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
@@ -57,6 +61,7 @@ def kv_write(k: Tensor, v: Tensor, slots: Tensor, cache: LayerCache) -> None:
     keys, values = cache["keys"], cache["values"]
     entry_size = num_kv_heads * head_size
     width = min(WIDTH, triton.next_power_of_2(entry_size))
+    pdl = overlaps(k.device)
     kv_write_kernel[(num_tokens, triton.cdiv(entry_size, width))](
         k,
         v,
@@ -72,6 +77,8 @@ def kv_write(k: Tensor, v: Tensor, slots: Tensor, cache: LayerCache) -> None:
         keys.stride(1),
         storage_limit(k.dtype, keys.dtype),
         WIDTH=width,
+        PDL=pdl,
+        launch_pdl=pdl,
     )
 
 

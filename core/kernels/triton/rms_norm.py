@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from plexor.kernels.triton.pdl import launch_next, overlaps, wait
+
 
 @triton.jit(do_not_specialize=["num_rows"])
 def rms_norm_kernel(
@@ -21,15 +23,18 @@ def rms_norm_kernel(
     eps,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     feature = tl.arange(0, WIDTH)
     inside = (row < num_rows)[:, None] & (feature < hidden)[None, :]
     source = (row // num_inner).to(tl.int64) * outer_stride + (row % num_inner).to(tl.int64) * inner_stride
+    gain = tl.load(weight + feature, mask=feature < hidden, other=0.0).to(tl.float32)
+    launch_next(PDL)
+    wait(PDL)
     wide = tl.load(x + source[:, None] + feature[None, :], mask=inside, other=0.0).to(tl.float32)
     mean_square = tl.sum(wide * wide, axis=1) / hidden
     rounded = (wide * tl.rsqrt(mean_square + eps)[:, None]).to(x.dtype.element_ty).to(tl.float32)
-    gain = tl.load(weight + feature, mask=feature < hidden, other=0.0).to(tl.float32)
     target = row.to(tl.int64) * hidden
     tl.store(out + target[:, None] + feature[None, :], (rounded * gain[None, :]).to(out.dtype.element_ty), mask=inside)
 
@@ -44,6 +49,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     num_rows = rows.shape[0] * rows.shape[1]
     width = triton.next_power_of_2(hidden)
     rows_each = max(1, 512 // width)
+    pdl = overlaps(x.device)
     rms_norm_kernel[(triton.cdiv(num_rows, rows_each),)](
         rows,
         weight,
@@ -56,6 +62,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         eps,
         ROWS=rows_each,
         WIDTH=width,
+        PDL=pdl,
+        launch_pdl=pdl,
         num_warps=min(16, max(2, width // 512)),
     )
     return out

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from plexor.batch import LayerCache
 from plexor.kernels.triton.kv_write import saturated, storage_limit
+from plexor.kernels.triton.pdl import launch_next, overlaps, wait
 
 HEADS = 4
 
@@ -84,7 +85,10 @@ def rotary_kv_write_kernel(
     HALF: tl.constexpr,
     REST: tl.constexpr,
     SIZE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    launch_next(PDL)
+    wait(PDL)
     token = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     num_query_parts = tl.cdiv(num_heads, HEADS)
@@ -142,6 +146,7 @@ def rotary_kv_write(
     if num_tokens == 0:
         return out
     rest = head_size - 2 * half
+    pdl = overlaps(q.device)
     grid = (num_tokens, triton.cdiv(num_heads, HEADS) + triton.cdiv(num_kv_heads, HEADS))
     rotary_kv_write_kernel[grid](
         q,
@@ -170,6 +175,8 @@ def rotary_kv_write(
         HALF=triton.next_power_of_2(half),
         REST=triton.next_power_of_2(rest) if rest else 0,
         SIZE=triton.next_power_of_2(head_size),
+        PDL=pdl,
+        launch_pdl=pdl,
         num_warps=2,
     )
     return out

@@ -7,11 +7,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from plexor.kernels.triton.pdl import launch_next, overlaps, wait
+
 WIDTH = 1024
 
 
 @triton.jit
-def silu_mul_kernel(x, out, size, row_stride, WIDTH: tl.constexpr):
+def silu_mul_kernel(x, out, size, row_stride, WIDTH: tl.constexpr, PDL: tl.constexpr):
+    launch_next(PDL)
+    wait(PDL)
     row = tl.program_id(0).to(tl.int64)
     feature = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     inside = feature < size
@@ -26,5 +30,8 @@ def silu_mul(x: Tensor) -> Tensor:
     num_rows, size = x.shape[0], x.shape[1] // 2
     out = torch.empty(num_rows, size, dtype=x.dtype, device=x.device)
     if num_rows:
-        silu_mul_kernel[(num_rows, triton.cdiv(size, WIDTH))](x, out, size, x.stride(0), WIDTH=WIDTH)
+        pdl = overlaps(x.device)
+        silu_mul_kernel[(num_rows, triton.cdiv(size, WIDTH))](
+            x, out, size, x.stride(0), WIDTH=WIDTH, PDL=pdl, launch_pdl=pdl
+        )
     return out
