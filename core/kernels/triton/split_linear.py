@@ -1,4 +1,4 @@
-"""Products of 17 to some 256 rows: the weight is read once by as many programs as the device has room for.
+"""Products of some 256 rows at most: the weight is read once, by as many programs as the device has room for.
 
 A program multiplies a tile of the weight's rows with a tile of x over a part of the features:
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -26,9 +27,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from plexor.kernels.triton.pdl import launch_next, overlaps, wait
 from plexor.kernels.triton.silu_mul import silu_mul
 from plexor.kernels.tuning import Product, find, tuned
-
-MIN_ROWS = 17
-"""Of x: fewer are streamed by other kernels."""
 
 MAX_TILES = 1 << 16
 """Tiles of one product whose splits can be counted."""
@@ -194,7 +192,7 @@ def _measured(
 def takes(x: Tensor, weight: Tensor) -> bool:
     """Whether the copy engine can fetch tiles of both."""
     return (
-        x.shape[0] >= MIN_ROWS
+        x.shape[0] > 0
         and x.dtype in (torch.bfloat16, torch.float16)
         and weight.dtype == x.dtype
         and x.stride(1) == weight.stride(1) == 1
@@ -212,43 +210,82 @@ def split_gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, split: Sp
     return _launch(x, weight, None, bias, split, gated=True)
 
 
+def compile_ahead(x: Tensor, weight: Tensor, split: Split, gated: bool) -> None:
+    """Compile what a product without residual and bias takes, and launch nothing."""
+    call = _Call(x, weight, None, None, split, gated)
+    split_linear_kernel.warmup(*call.arguments(call.new_output()), grid=call.grid(), **call.options())
+
+
 def _launch(
     x: Tensor, weight: Tensor, residual: Tensor | None, bias: Tensor | None, split: Split, gated: bool
 ) -> Tensor:
-    num_rows, num_inputs = x.shape
-    num_outputs = weight.shape[0] // 2 if gated else weight.shape[0]
-    out = torch.empty(num_rows, num_outputs, dtype=x.dtype, device=x.device)
-    num_tiles = triton.cdiv(num_outputs, split.outputs) * triton.cdiv(num_rows, split.rows)
-    size = split.outputs * split.rows * (2 if gated else 1)
-    parts = torch.empty(num_tiles * split.splits * size if split.splits > 1 else 0, device=x.device)
-    early = overlaps(x.device)
-    split_linear_kernel[(num_tiles * split.splits,)](
-        TensorDescriptor.from_tensor(x, [split.rows, split.inputs]),
-        TensorDescriptor.from_tensor(weight, [split.outputs, split.inputs]),
-        weight,
-        bias,
-        residual,
-        out,
-        parts,
-        _arrivals(x.device),
-        num_rows,
-        num_inputs,
-        num_outputs,
-        weight.stride(0),
-        0 if residual is None else residual.stride(0),
-        GATED=gated,
-        ROWS=split.rows,
-        OUTPUTS=split.outputs,
-        INPUTS=split.inputs,
-        SPLITS=split.splits,
-        STAGES=split.stages,
-        LINES=triton.next_power_of_2(split.stages * split.inputs // 64),
-        PDL=early,
-        num_warps=split.warps,
-        num_stages=split.stages,
-        launch_pdl=early,
-    )
+    call = _Call(x, weight, residual, bias, split, gated)
+    out = call.new_output()
+    split_linear_kernel[call.grid()](*call.arguments(out), **call.options())
     return out
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """The operands of one launch and how they are cut."""
+
+    x: Tensor
+    weight: Tensor
+    residual: Tensor | None
+    bias: Tensor | None
+    split: Split
+    gated: bool
+
+    @property
+    def num_outputs(self) -> int:
+        return self.weight.shape[0] // 2 if self.gated else self.weight.shape[0]
+
+    @property
+    def num_tiles(self) -> int:
+        split = self.split
+        return -(-self.num_outputs // split.outputs) * -(-self.x.shape[0] // split.rows)
+
+    def grid(self) -> tuple[int]:
+        return (self.num_tiles * self.split.splits,)
+
+    def new_output(self) -> Tensor:
+        return torch.empty(self.x.shape[0], self.num_outputs, dtype=self.x.dtype, device=self.x.device)
+
+    def arguments(self, out: Tensor) -> tuple[Any, ...]:
+        x, weight, split = self.x, self.weight, self.split
+        tile_size = split.outputs * split.rows * (2 if self.gated else 1)
+        num_parts = self.num_tiles * split.splits if split.splits > 1 else 0
+        return (
+            TensorDescriptor.from_tensor(x, [split.rows, split.inputs]),
+            TensorDescriptor.from_tensor(weight, [split.outputs, split.inputs]),
+            weight,
+            self.bias,
+            self.residual,
+            out,
+            torch.empty(num_parts * tile_size, device=x.device),
+            _arrivals(x.device),
+            *x.shape,
+            self.num_outputs,
+            weight.stride(0),
+            0 if self.residual is None else self.residual.stride(0),
+        )
+
+    def options(self) -> dict[str, Any]:
+        split = self.split
+        early = overlaps(self.x.device)
+        return {
+            "GATED": self.gated,
+            "ROWS": split.rows,
+            "OUTPUTS": split.outputs,
+            "INPUTS": split.inputs,
+            "SPLITS": split.splits,
+            "STAGES": split.stages,
+            "LINES": triton.next_power_of_2(split.stages * split.inputs // 64),
+            "PDL": early,
+            "num_warps": split.warps,
+            "num_stages": split.stages,
+            "launch_pdl": early,
+        }
 
 
 @cache
