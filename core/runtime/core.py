@@ -131,7 +131,8 @@ class EngineCore:
         return self._ranks.rank.runner.logits(token_ids)
 
     def close(self) -> None:
-        """End the processes of the other ranks."""
+        """End the processes of the other ranks; no step is possible from now on."""
+        self._ranks.rank.runner.close()
         self._ranks.close()
 
     def _launch(self, plan: Plan) -> None:

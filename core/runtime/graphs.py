@@ -111,6 +111,10 @@ class DecodeSteps:
             self._capture(bucket)
         return drawn
 
+    def close(self) -> None:
+        """Give up the captured graphs: they must not outlive the group of ranks whose exchanges they hold."""
+        self._captured.clear()
+
     def _step(self, bucket: int) -> DrawnRows:
         state, slots = self._state, self._slots[:bucket]
         token_ids, positions, cache_slots, kv_length, steps = state.advance(slots)

@@ -276,6 +276,7 @@ def _serve_rank(pipe: Connection, rank: int, size: int, job: bytes) -> None:
     except (EOFError, KeyboardInterrupt):  # rank 0 has gone
         return
     _run_steps(pipe, made.runner.launch)
+    made.runner.close()
     dist.destroy_process_group()
 
 

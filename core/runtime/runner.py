@@ -104,6 +104,10 @@ class Runner:
         batch = Batch(torch.tensor(token_ids, dtype=torch.int64, device=self._device), positions)
         return self._model.logits(self._model.forward(batch, ctx))
 
+    def close(self) -> None:
+        """No step is launched from now on."""
+        self._decodes.close()
+
     def _run_decodes(self, step: StepInput) -> tuple[list[int], DrawnRows]:
         """A step of decodes alone, which needs nothing of the CPU but what has changed since the last one."""
         is_new = step.decodes != self._decoding

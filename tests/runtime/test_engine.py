@@ -267,6 +267,47 @@ def test_an_observer_that_a_plugin_brings_is_told(tiny: Path, monkeypatch: pytes
     assert [counter.num_finished for counter in told] == [2]
 
 
+def test_a_watcher_sees_the_logits_that_tokens_are_drawn_from(tiny: Path) -> None:
+    with engine(tiny, steps_ahead=1) as model:
+        seen: dict[str, list[torch.Tensor]] = {}
+
+        def watch(request_ids: tuple[str, ...], logits: torch.Tensor) -> None:
+            assert len(request_ids) == logits.shape[0]
+            for request_id, row in zip(request_ids, logits, strict=True):
+                seen.setdefault(request_id, []).append(row)
+
+        model.core.watch_logits(watch)
+        asked = prompts(3, seed=6)
+        answers = model.generate(asked, SamplingParams(temperature=0, max_tokens=9, min_tokens=3, ignore_end=True))
+        model.core.watch_logits(None)
+        model.generate([5, 6], GREEDY)
+        assert len(seen) == 3
+        for prompt, answer, rows in zip(asked, answers, seen.values(), strict=True):
+            expected = model.core.logits([*prompt, *answer.token_ids[:-1]])[len(prompt) - 1 :]
+            torch.testing.assert_close(torch.stack(rows), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_measuring_leaves_no_prefix_to_hit(tiny: Path) -> None:
+    prompt = prompts(1, seed=3)[0] * 3
+    with engine(tiny) as model:
+        first = model.generate(prompt[:60], GREEDY)[0]
+        model.core.logits([7] * 60)
+        again = model.generate(prompt[:60], GREEDY)[0]
+    assert again.num_cached_tokens == 0
+    assert again.token_ids == first.token_ids
+
+
+def test_text_comes_at_the_end_or_with_each_token(shared: Engine) -> None:
+    """`generate` reads its answers when they have ended, `stream` at once; a first token has a time in both."""
+    for sampling in (GREEDY, SamplingParams(temperature=0, max_tokens=16, ignore_end=True, logprobs=0)):
+        (whole,) = shared.generate([11, 12], sampling)
+        assert 0 < whole.first_token_seconds < whole.total_seconds
+        deltas = [delta for _, delta in shared.stream([11, 12], sampling)]
+        assert [token_id for delta in deltas for token_id in delta.token_ids] == whole.token_ids
+        assert "".join(delta.text for delta in deltas) == whole.text
+        assert len(deltas) == 16
+
+
 class Counter:
     """A StepObserver that adds up."""
 
