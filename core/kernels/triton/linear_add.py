@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from plexor.kernels.triton.pdl import launch_next, wait
+from plexor.kernels.triton.split_linear import multiply
 from plexor.kernels.triton.stream_linear import first_tiles, options, products, takes, tile_for
 
 
@@ -64,7 +65,7 @@ def linear_add(x: Tensor, stored: Mapping[str, Tensor], residual: Tensor, bias: 
     """As plexor.kernels.reference.linear_add, with rows whose last axis is contiguous."""
     weight = stored["weight"]
     if not takes(x, weight):
-        return torch.addmm(residual if bias is None else residual + bias, x, weight.t())
+        return multiply(x, weight, residual, bias)
     num_outputs, num_inputs = weight.shape
     out = torch.empty(x.shape[0], num_outputs, dtype=x.dtype, device=x.device)
     tile = tile_for(num_inputs, x.shape[0])
