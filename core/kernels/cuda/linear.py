@@ -1,4 +1,4 @@
-"""A dense linear layer: kernels in CUDA C++ for up to 256 rows, the library for more."""
+"""A dense linear layer: kernels in CUDA C++ for few rows, the library for more."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-// The product of up to 256 rows on the tensor cores: y[T, N] = epilogue(x[T, K] W[N, K]^T), T <= COLUMNS.
+// The product of a few dozen rows on the tensor cores: y[T, N] = epilogue(x[T, K] W[N, K]^T), T <= COLUMNS.
 //
 //   device memory    W, row-major                          x, row-major
 //        |  weight thread: a bulk tensor copy a stage,        |  activation thread: the same, but only after the
@@ -13,7 +13,7 @@
 // cluster share one tile, each takes a part of k, and each finishes a part of the columns: layers with few outputs would
 // otherwise leave multiprocessors idle.
 //
-// The compiler is given: COLUMNS (32, 64, 128, 256), SPLIT (1, 2, 4), HALF, EPILOGUE and NARROW, as in stream_linear.cu.
+// The compiler is given: COLUMNS (32, 64, 128, 256), SPLIT (1 or 2), HALF, EPILOGUE and NARROW, as in stream_linear.cu.
 
 constexpr int ROWS = 64;
 constexpr int CONSUMERS = 256;

@@ -1,4 +1,4 @@
-"""Products of 17 to 256 rows on the tensor cores, over weights that stream through shared memory.
+"""Products of 17 to 128 rows on the tensor cores, over weights that stream through shared memory.
 
 The kernel, its picture and its terms are in wide_linear.cu. Norms come before it, as a kernel of their own.
 """
@@ -10,20 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plexor.kernels.cuda.call import BOX, Call, num_multiprocessors, tensor_map
+from plexor.kernels.cuda.call import BOX, GATED, ROTARY, Call, num_multiprocessors, tensor_map
 from plexor.kernels.cuda.program import Program, load
 
-MAX_ROWS = 256
+MAX_ROWS = 128
+"""Beyond it the library is faster; beyond half of it, too, unless the epilogue saves a kernel (bench/NOTES.md)."""
 _ROWS = 64
 _THREADS = 320
 _MOST_STAGES = 16
 _SHARED_BYTES = 226 * 1024
 
 
-def split_for(num_columns: int, num_outputs: int, num_blocks: int) -> int:
-    """Blocks that share a tile, so that layers with few outputs keep the multiprocessors busy."""
-    num_tiles = num_outputs // (2 * _ROWS)
-    return max(split for split in (1, 2, 4) if split == 1 or num_tiles * split <= num_blocks)
+def split_for(num_outputs: int, num_blocks: int) -> int:
+    """Blocks that share a tile: two, where one each would leave half of the multiprocessors idle.
+
+    Four were slower on an H200 in nearly every layer: bench/NOTES.md.
+    """
+    return 2 if num_outputs // (2 * _ROWS) * 2 <= num_blocks else 1
 
 
 class WideLinear:
@@ -34,10 +37,11 @@ class WideLinear:
         self._weight_maps: dict[tuple[int, int], Any] = {}
 
     def takes(self, call: Call) -> bool:
-        """Up to 256 rows, whose weight has whole tiles of 128 rows."""
+        """As many rows as pay, whose weight has whole tiles of 128 rows."""
         num_outputs = call.weight.shape[0]
+        most = MAX_ROWS if call.epilogue in (GATED, ROTARY) else MAX_ROWS // 2
         return (
-            0 < call.num_rows <= MAX_ROWS
+            0 < call.num_rows <= most
             and num_outputs % (2 * _ROWS) == (call.pair or _ROWS) % _ROWS == 0
             and call.lies_well()
         )
@@ -47,7 +51,7 @@ class WideLinear:
         x, weight, arguments = call.x, call.weight, call.arguments
         (num_rows, num_inputs), num_outputs = x.shape, weight.shape[0]
         columns = max(32, 1 << (num_rows - 1).bit_length())
-        split = split_for(columns, num_outputs, num_multiprocessors(x))
+        split = split_for(num_outputs, num_multiprocessors(x))
         stage_bytes = (2 * _ROWS + columns) * BOX * 2
         stages = min(_SHARED_BYTES // stage_bytes, _MOST_STAGES)
         pair = call.pair or _ROWS

@@ -10,9 +10,10 @@ from plexor.kernels.reference.linear import linear
 
 
 def linear_add(x: Tensor, stored: Mapping[str, Tensor], residual: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Multiply x [T, in] by "weight" [out, in], add bias [out] and residual [T, out] -> [T, out], in memory of its own.
+    """Multiply x [T, in] by "weight" [out, in], add bias [out] and residual [T, out] -> [T, out].
 
-    Providers may keep float32 between the steps, which the reference rounds to x's dtype.
+    Providers may keep float32 between the steps, which the reference rounds to x's dtype, and may put the result in the
+    place of the residual, which is not to be read again.
     """
     y = linear(x, stored["weight"])
     return residual + (y if bias is None else y + bias)

@@ -156,13 +156,16 @@ class Split:
 
 
 def multiply(x: Tensor, weight: Tensor, residual: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-    """residual [T, N] + x [T, K] weight [N, K]^T + bias [N], by whatever is fastest for these sizes here."""
+    """residual [T, N] + x [T, K] weight [N, K]^T + bias [N], by whatever is fastest for these sizes here.
+
+    The sum may take the residual's place: the library adds to what it finds, and would copy it first.
+    """
     split = split_for("linear", x, weight)
     if split is not None:
         return split_linear(x, weight, residual, bias, split)
     if residual is None:
         return functional.linear(x, weight, bias)
-    return torch.addmm(residual if bias is None else residual + bias, x, weight.t())
+    return (residual if bias is None else residual + bias).addmm_(x, weight.t())
 
 
 def multiply_gated(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
