@@ -52,6 +52,17 @@ def kernels() -> Iterable[Kernel]:
         ),
         Kernel(
             op="paged_attention",
+            provider="cudnn",
+            load="plexor.kernels.cudnn.paged_attention:PagedAttention",
+            devices=_CUDA,
+            dtypes=frozenset({"float16", "bfloat16"}),
+            capability=(9, 0),
+            kv_dtypes=frozenset({"float16", "bfloat16"}),
+            priority=20,
+            refuses="plexor.kernels.cudnn.paged_attention:refuses",
+        ),
+        Kernel(
+            op="paged_attention",
             provider="torch",
             load="plexor.kernels.cpu.paged_attention:paged_attention",
             devices=_CPU,

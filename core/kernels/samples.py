@@ -196,6 +196,12 @@ def attention_samples_with_decodes(make: Maker, dtype: torch.dtype) -> Iterable[
     for storage in storages(dtype)[1:]:
         name = f"known decodes, cache of {name_of(storage)}"
         yield attention_sample(make, name, mixed, (8, 2, 128), None, storage, num_decodes=2)
+    if make.device.type != "cuda":
+        return  # what follows takes a CPU, and Triton's interpreter, minutes
+    long = [(1, 40), (1030, 1030), (1030, 1030), (1025, 2049), (30, 2000), (1100, 1110)]
+    for group, size in ((1, 64), (3, 128)):
+        name = f"pieces of more than a thousand rows, {group} heads"
+        yield attention_sample(make, name, long, (group, 1, size), None, dtype, num_decodes=1, num_padding=1)
 
 
 def attention_sample(

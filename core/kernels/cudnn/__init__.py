@@ -1,0 +1,1 @@
+"""Ops by kernels of cuDNN, called through torch."""
