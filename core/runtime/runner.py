@@ -191,8 +191,15 @@ class Runner:
         for kind, wanted in by_kind.items():
             if not isinstance(self._model, MediaModel):
                 raise RequestError(f"this model takes no {kind}: leave it out", field=kind)
-            items = [torch.from_numpy(self._media[key].array()).to(self._device) for key in wanted]
+            items = [self._on_device(self._media[key].array()) for key in wanted]
             self._encoded.update(zip(wanted, self._model.encode(kind, items), strict=True))
+
+    def _on_device(self, array: numpy.ndarray) -> Tensor:
+        """A copy on its way; from memory that is not pinned, the CPU would wait for the steps before."""
+        tensor = torch.from_numpy(array)
+        if self._device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self._device, non_blocking=True)
 
     def _send_back(self, ids: Tensor, logprobs: LogprobRows | None) -> Pending:
         if self._device.type != "cuda":
@@ -229,7 +236,7 @@ def _piece_arrays(step: StepInput, state: SlotState) -> list[Array]:
         _integers([piece.slot for piece in pieces]),
         starts,
         starts[1:][draws_one].astype(numpy.int64) - 1,
-        _integers([token_id for piece in pieces for token_id in piece.token_ids]),
+        numpy.concatenate([_integers(piece.token_ids) for piece in pieces]),
         numpy.concatenate(positions),
         numpy.concatenate([state.cache_slots(p.slot, where) for p, where in zip(pieces, positions, strict=True)]),
         ends,
