@@ -23,6 +23,7 @@ COMMANDS = {
     "serve": "answer over HTTP, as the OpenAI API does",
     "eval": "measure perplexity on a text, in several precisions",
     "bench": "measure speed and memory beside the limits of the device",
+    "tune": "measure which kernels multiply a model's layers fastest on this GPU",
     "explain": "say how a model would be run and what memory it takes, without loading it",
     "kernels": "list the operations and which kernel wins here",
     "plugins": "list the plugins, what they offer, and why one does not work",
