@@ -61,8 +61,7 @@ def tune(config: EngineConfig, catalog: Catalog) -> int:
     products = products_of(make_plan(config, catalog, find_folder(config, catalog)).choices)
     if not products:
         raise ConfigError(
-            f"precision {config.precision} multiplies no layer of this model in bfloat16 or float16: choose another model "
-            "or precision"
+            f"precision {config.precision} multiplies no layer of this model in bfloat16 or float16: choose another one"
         )
     path = tuning.user_folder() / tuning.file_name(torch.cuda.get_device_name())
     measured: dict[str, dict[int, tuning.Choice]] = {}

@@ -16,9 +16,7 @@ from plexor.kernels.tuning import Product
 def test_without_a_gpu_there_is_nothing_to_measure(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = run(capsys, "tune", "--model", "demo")
     assert (code, out) == (2, "")
-    assert (
-        err == "plexor: plexor tune measures kernels of a GPU and finds none here: run it where the model is to run\n"
-    )
+    assert err == "plexor: tune measures kernels of a GPU and finds none here: run it where the model is to run\n"
 
 
 def choice(op: str, outputs: int, inputs: int, dtype: str = "bfloat16") -> Choice:
