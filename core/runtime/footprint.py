@@ -7,6 +7,7 @@ from itertools import pairwise
 
 from torch import nn
 
+from plexor.errors import CapacityError
 from plexor.model.linear import GroupedLinear, LinearWeight
 from plexor.runtime.loading import BuiltModel
 
@@ -40,6 +41,16 @@ def graph_bytes(built: BuiltModel, num_rows: int) -> int:
 def table_bytes(num_slots: int, max_blocks: int) -> int:
     """Two block tables of int32, by slot and by row; what else is kept for a slot is small."""
     return 2 * 4 * num_slots * max_blocks
+
+
+def check_tables(num_slots: int, max_blocks: int, unused: int) -> None:
+    """CapacityError if the tables of as many sequences as may run cannot fit."""
+    size = table_bytes(num_slots, max_blocks)
+    if size > unused:
+        raise CapacityError(
+            f"the block tables of {num_slots:,} sequences of {max_blocks:,} blocks take {size:,} bytes, but {unused:,} "
+            "are there: lower --max-sequences or --max-length"
+        )
 
 
 def widest(module: nn.Module) -> int:

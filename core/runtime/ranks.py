@@ -23,7 +23,7 @@ from plexor.config import EngineConfig
 from plexor.errors import ConfigError, PlexorError
 from plexor.extension.catalog import Catalog
 from plexor.parallel.mesh import Mesh
-from plexor.runtime.footprint import activation_bytes, graph_bytes, table_bytes
+from plexor.runtime.footprint import activation_bytes, check_tables, graph_bytes, table_bytes
 from plexor.runtime.graphs import decode_buckets
 from plexor.runtime.kv_cache import allocate, block_bytes, check_blocks, cpu_cache_bytes, fit_blocks, unused_bytes
 from plexor.runtime.loading import BuiltModel, choose_device, choose_placement, draw_model, load_model, plan_model
@@ -79,6 +79,7 @@ def make_rank(
     else:
         built, report = load_model(folder, catalog, table, placement, progress)
     max_length = context_length(config, built)
+    check_tables(config.max_sequences, max_blocks(config, max_length), unused_bytes(built.build.device))
     num_blocks = agree(_fitting_blocks(config, built, max_length))
     cache = allocate(built.model, built.build, num_blocks, config.block_size)
     runner = Runner(

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
 from plexor import EngineConfig
 from plexor.checkpoint.folder import open_folder
+from plexor.errors import CapacityError
 from plexor.extension.catalog import Catalog
 from plexor.model.linear import GroupedLinear, Linear, Part
 from plexor.parallel.mesh import Mesh
-from plexor.runtime.footprint import LOGPROB_BYTES, activation_bytes, graph_bytes, table_bytes, widest
+from plexor.runtime.footprint import LOGPROB_BYTES, activation_bytes, check_tables, graph_bytes, table_bytes, widest
 from plexor.runtime.loading import Placement, make_build, plan_model
 from plexor.runtime.ranks import step_bytes
 
@@ -28,6 +30,12 @@ def test_a_layer_is_as_wide_as_two_linear_layers_and_the_stream_twice(tiny: Path
     assert table_bytes(16, 8) == 2 * 4 * 16 * 8
     config = EngineConfig(device="cpu", max_sequences=16, max_step_tokens=500)
     assert step_bytes(config, built, 128) == 500 * 560 * 4 + table_bytes(16, 8)
+
+
+def test_tables_that_no_machine_holds_are_refused() -> None:
+    with pytest.raises(CapacityError, match=r"1,048,576 sequences .* lower --max-sequences"):
+        check_tables(2**20, 2**17, 2**39)
+    check_tables(2**20, 2**17, 2**40)
 
 
 def test_experts_count_for_each_that_a_token_visits() -> None:
