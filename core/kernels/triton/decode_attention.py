@@ -12,7 +12,7 @@ from torch import Tensor
 
 from plexor.batch import LayerCache
 from plexor.kernels.triton.attention import LOG2_E, LOWEST, compute_dtype, load_queries, place_in_blocks, widen
-from plexor.kernels.triton.pdl import launch_next, overlaps, wait
+from plexor.kernels.triton.pdl import launch_next, overlaps, prefetch, wait
 
 # Numbers of partial results that a thread holds while it adds them up.
 COMBINED = 32
@@ -110,6 +110,29 @@ def attend(
 
 
 @triton.jit
+def fetch_early(
+    keys,
+    values,
+    blocks,
+    begin,
+    stop,
+    entry_stride,
+    TILE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+):
+    """Bring a tile's entries into the L2: those of earlier steps are there, and one that is not yet is read later."""
+    lane = tl.arange(0, TILE)
+    index, offset = place_in_blocks(begin, lane, TILE, BLOCK_SIZE)
+    inside = begin + lane < stop
+    block = tl.load(blocks + index, mask=inside, other=0)
+    entry = tl.where(inside, (block * BLOCK_SIZE + offset).to(tl.int64) * entry_stride, 0)
+    line = tl.arange(0, 2) * (HEAD_SIZE // 2)
+    prefetch(keys + entry[:, None] + line[None, :])
+    prefetch(values + entry[:, None] + line[None, :])
+
+
+@triton.jit
 def part_slot(part, first):
     """Where a sequence's parts lie: the first worker's in its tail slot, those of the next in their head slots."""
     return tl.where(part == 0, first * 2 + 1, (first + part) * 2)
@@ -154,7 +177,7 @@ def combine(
     return tl.sum(total, axis=0) / tl.where(mass > 0.0, mass, 1.0)[:, None]
 
 
-@triton.jit(do_not_specialize=["num_rows", "block_table_stride", "window"])
+@triton.jit(do_not_specialize=["num_rows", "block_table_stride", "window", "least"])
 def decode_attention_kernel(
     q,
     keys,
@@ -173,6 +196,7 @@ def decode_attention_kernel(
     entry_stride,
     scale_log2,
     window,
+    least,
     ROWS: tl.constexpr,
     GROUP: tl.constexpr,
     TILE: tl.constexpr,
@@ -184,7 +208,6 @@ def decode_attention_kernel(
     COMPUTE: tl.constexpr,
     UNIT: tl.constexpr,
     WINDOWED: tl.constexpr,
-    LEAST: tl.constexpr,
     MOST: tl.constexpr,
     CHUNK: tl.constexpr,
     PDL: tl.constexpr,
@@ -198,7 +221,6 @@ def decode_attention_kernel(
     in its tail slot where the sequence goes on after it, otherwise in its head slot. The last to arrive adds them up.
     """
     launch_next(PDL)
-    wait(PDL)
     kv_head = tl.program_id(0)
     worker = tl.program_id(1)
     num_kv_heads = tl.num_programs(0)
@@ -210,7 +232,7 @@ def decode_attention_kernel(
     tiles = tl.where(index < num_rows, tiles, 0)
     ends = tl.cumsum(tiles, axis=0)
     num_tiles = tl.sum(tiles, axis=0)
-    share = tl.maximum(tl.cdiv(num_tiles, num_workers), tl.maximum(tl.cdiv(tl.max(tiles, axis=0), MOST - 1), LEAST))
+    share = tl.maximum(tl.cdiv(num_tiles, num_workers), tl.maximum(tl.cdiv(tl.max(tiles, axis=0), MOST - 1), least))
     tile = worker * share
     last = tl.minimum(tile + share, num_tiles)
     head = tl.arange(0, HEADS)
@@ -220,12 +242,30 @@ def decode_attention_kernel(
     mark_stride = num_workers * 2 * stride
     parts += kv_head * GROUP * SIZE
     marks += kv_head * GROUP
+    if PDL:  # noqa: SIM102 - one is known to the compiler, the other is not
+        # The step's tables were complete before its first layer began; only q and the newest entry are still to come.
+        if tile < last:
+            row = tl.sum((ends <= tile).to(tl.int32), axis=0)
+            length = tl.sum(tl.where(index == row, lengths, 0), axis=0)
+            row_start = tl.max(tl.where(ends <= tile, ends, 0), axis=0)
+            fetch_early(
+                keys + kv_head * HEAD_SIZE,
+                values + kv_head * HEAD_SIZE,
+                block_table + row.to(tl.int64) * block_table_stride,
+                (first_tile(length, window, TILE, WINDOWED) + tile - row_start) * TILE,
+                length,
+                entry_stride,
+                TILE,
+                BLOCK_SIZE,
+                HEAD_SIZE,
+            )
+    wait(PDL)
     while tile < last:
         row = tl.sum((ends <= tile).to(tl.int32), axis=0)
         row_start = tl.max(tl.where(ends <= tile, ends, 0), axis=0)
         row_end = tl.min(tl.where(ends > tile, ends, num_tiles), axis=0)
         end = tl.minimum(last, row_end)
-        length = tl.load(kv_length + row)
+        length = tl.sum(tl.where(index == row, lengths, 0), axis=0)
         skipped = first_tile(length, window, TILE, WINDOWED)
         source = q + row.to(tl.int64) * q_row_stride + (kv_head * GROUP + head)[:, None] * q_head_stride
         queries, scale = load_queries(source + feature[None, :], stored, scale_log2, COMPUTE, UNIT)
@@ -329,6 +369,7 @@ class DecodeAttention:
             keys.stride(1),
             scale * LOG2_E,
             0 if window is None else window,
+            least,
             ROWS=max(16, triton.next_power_of_2(num_rows)),
             GROUP=group,
             TILE=tuning.tile,
@@ -340,7 +381,6 @@ class DecodeAttention:
             COMPUTE=compute,
             UNIT=compute == tl.float16 and q.dtype != torch.float16,
             WINDOWED=window is not None,
-            LEAST=least,
             MOST=tuning.most,
             CHUNK=min(tuning.most, max(1, COMBINED * 32 * tuning.warps // (part_heads * size))),
             PDL=pdl,
