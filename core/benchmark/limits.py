@@ -63,7 +63,7 @@ def read_rate(device: torch.device, sizes: Sizes) -> float:
 
     from plexor.benchmark.stream import read_sums  # Triton is not installed everywhere
 
-    numbers = torch.ones(count, dtype=torch.int32, device=device)
+    numbers = torch.randint(1 << 30, (count,), dtype=torch.int32, device=device)
     ways = product((2048, 4096, 8192), (4, 16), (4, 8))
     seconds = [_fastest(device, sizes.calls, partial(read_sums, numbers, *way)) for way in ways]
     return 4 * count / min(seconds)

@@ -22,6 +22,7 @@ from plexor.benchmark.trace import NUM_STEPS, StepProfiler, TraceSummary, read_t
 from plexor.benchmark.workloads import Workload
 from plexor.checkpoint.folder import ModelFolder
 from plexor.config import EngineConfig
+from plexor.errors import PlexorError
 from plexor.extension.catalog import Catalog
 from plexor.runtime.engine import Engine
 from plexor.runtime.ledger import RunPlan, make_plan
@@ -78,10 +79,13 @@ def measure(engine: Engine, workloads: Sequence[Workload], repeats: int | None, 
     timings = {}
     for workload in workloads:
         reason = why_not(workload, engine)
+        try:
+            if reason is None:
+                timings[workload] = _time(engine, workload, repeats, say)
+        except PlexorError as error:  # such as a step that takes more memory than is left: the others may still fit
+            reason = str(error)
         if reason is not None:
             say(f"{workload.name} is left out: {reason}")
-            continue
-        timings[workload] = _time(engine, workload, repeats, say)
     return Measured(timings, _memory(engine.core.device))
 
 
@@ -180,13 +184,14 @@ def _rows(
     if workload.kind == "decode":
         tokens = workload.new_tokens
         yield name, "time per token", timing.total / tokens * 1e3, "ms", bound.total / tokens * 1e3
+        yield name, "time to first token", timing.first_tokens * 1e3, "ms", bound.first_tokens * 1e3
+    if workload.kind == "prefill":
+        yield name, "time to first token", timing.total * 1e3, "ms", bound.total * 1e3
+        return
     if workload.kind == "serve":
         every = requests * workload.length
         yield name, "tokens in and out", every / timing.total, "tok/s", every / bound.total
-    else:
-        yield name, "time to first token", timing.first_tokens * 1e3, "ms", bound.first_tokens * 1e3
-    if workload.kind != "prefill":
-        yield name, "tokens out", answered / timing.total, "tok/s", answered / bound.total
+    yield name, "tokens out", answered / timing.total, "tok/s", answered / bound.total
 
 
 def _reset_peak(device: torch.device) -> None:

@@ -50,6 +50,9 @@ def run(arguments: argparse.Namespace, catalog: Catalog) -> int:
         check_plotting()
     if arguments.profile and all(workload.kind == "start" for workload in workloads):
         raise ConfigError("--profile needs a workload that runs more than once: name one, such as decode_bs1")
+    for given in (arguments.json, arguments.plot):
+        if given and not Path(given).parent.is_dir():
+            raise ConfigError(f"{given} cannot be written, for there is no folder {Path(given).parent}: make it first")
     if arguments.json:
         read_figures(Path(arguments.json))
     figures = _measure(arguments, catalog, workloads)

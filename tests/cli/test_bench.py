@@ -105,6 +105,10 @@ def test_a_profile_leaves_a_trace_and_its_summary(
         (("--shape", "x.json", "--model", "y"), "both --shape and --model are given"),
         (("--shape", "nowhere.json"), "--shape nowhere.json is no file"),
         (("--workloads", "start", "--profile", "p"), "--profile needs a workload that runs more than once"),
+        (
+            ("--json", "nowhere/f.json"),
+            "nowhere/f.json cannot be written, for there is no folder nowhere: make it first",
+        ),
         (("--precision", "dens"), "did you mean 'dense'?"),
     ],
 )
