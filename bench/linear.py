@@ -1,20 +1,21 @@
-"""Times products of 16 to 256 rows on a GPU, cuBLAS beside our own: `python bench/linear.py [--quick] [--write]`.
+"""Times products of 16 to 256 rows on a GPU, cuBLAS beside our own: `python bench/linear.py [--quick] [--write DIR]`.
 
 For the layers of published shapes: bandwidth of the library, of the best variant of split_linear.py and of the provider
-that the kernel table chooses, counting the bytes of the weight. `--write` merges the choices into core/kernels/tuned.
+that the kernel table chooses, counting the bytes of the weight. core/kernels/tuned holds what `--write` writes.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from pathlib import Path
 
 import torch
 
 from plexor.extension import builtin
 from plexor.kernels.measure import ROWS, Multiply, Timing, measure
 from plexor.kernels.table import KernelTable
-from plexor.kernels.tuning import Choice, Product, file_name, shipped_folder, write_choices
+from plexor.kernels.tuning import Choice, Product, file_name, write_choices
 from plexor.model.build import facts
 
 LAYERS = {
@@ -39,7 +40,7 @@ QUICK_ROWS = (32, 64, 128, 256)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="the larger model's layers, four numbers of rows")
-    parser.add_argument("--write", action="store_true", help="merge the choices into the file that comes with Plexor")
+    parser.add_argument("--write", type=Path, metavar="DIR", help="merge the choices into this GPU's file there")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -53,7 +54,7 @@ def main() -> None:
         print(as_line(names[timing.product], timing), flush=True)
         choices.setdefault(str(timing.product), {})[timing.num_rows] = timing.choice
     if arguments.write:
-        path = shipped_folder() / file_name(torch.cuda.get_device_name())
+        path = arguments.write / file_name(torch.cuda.get_device_name())
         write_choices(path, choices)
         print(f"wrote {path}")
     print(f"{time.perf_counter() - started:.0f} s")

@@ -552,6 +552,7 @@ class Draw:
             PDL=early,
             num_warps=8,
             launch_pdl=early,
+            maxnreg=128,  # two programs fit a multiprocessor, and nothing is spilled
         )
         return ids
 
