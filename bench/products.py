@@ -166,7 +166,7 @@ def time_layers(shape: Shape, rows: int, providers: Sequence[str]) -> str:
         out = torch.empty_like(inputs.residual)
 
         def run(products: Sequence[Mapping[str, Product]] = products, out: Tensor = out) -> None:
-            x = inputs.residual
+            x = inputs.residual.clone()
             for layer, own in zip(products, weights, strict=True):
                 for first, second in (("qkv", "o"), ("gate_up", "down")):
                     inner = inputs.call(shape.sizes[first][0], layer[first], x, own[first], x)
@@ -205,7 +205,7 @@ def check(op: str, inputs: Inputs, product: Product, x: Tensor, weight: Tensor) 
     for function in (product, table.reference(op)):
         for entries in inputs.cache.values():
             entries.zero_()
-        y = inputs.call(op, function, x, weight, inputs.residual)
+        y = inputs.call(op, function, x, weight, inputs.residual.clone())
         results.append((y, *(entries.clone() for entries in inputs.cache.values())))
     torch.testing.assert_close(*results, rtol=relative, atol=absolute)
 

@@ -288,11 +288,10 @@ def linear_add(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
         for with_bias in (False, True):
             stored, bias, sizes = drawn_layer(make, x.shape[1], outputs, with_bias)
             args = (x, stored, make.normal(x.shape[0], outputs), bias)
-            yield Sample(f"{name} to {outputs}{', bias' if with_bias else ''}", args, shape=sizes)
+            yield Sample(f"{name} to {outputs}{', bias' if with_bias else ''}", args, spent=(2,), shape=sizes)
     stored, _, sizes = drawn_layer(make, 64, 24, False)
-    yield Sample(
-        "residual in a wider tensor", (make.normal(3, 64), stored, make.normal(3, 50)[:, 8:32], None), shape=sizes
-    )
+    args = (make.normal(3, 64), stored, make.normal(3, 50)[:, 8:32], None)
+    yield Sample("residual in a wider tensor", args, spent=(2,), shape=sizes)
 
 
 def normed_inputs(make: Maker) -> Iterable[tuple[str, Tensor, int]]:

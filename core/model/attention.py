@@ -94,7 +94,9 @@ class Attention(nn.Module):
     def as_residual(
         self, build: Build, norm: nn.Module
     ) -> Callable[[Tensor, Tensor, ForwardContext, Tensor | None], Tensor]:
-        """The function (x, positions, ctx, rows) -> x + self(norm(x), positions, ctx, rows), of these rows of x."""
+        """The function (x, positions, ctx, rows) -> x + self(norm(x), positions, ctx, rows), of these rows of x, which
+        may be overwritten.
+        """
         queries, add = self._queries_after(build, norm), self.out.onto(build)
 
         def attend(x: Tensor, positions: Tensor, ctx: ForwardContext, rows: Tensor | None) -> Tensor:

@@ -90,7 +90,10 @@ class Slots:
 
 
 class DecoderLayer(nn.Module):
-    """One layer, [T, H] -> [T, H]; with rows [R], what follows attention is computed for these alone: [R, H]."""
+    """One layer, [T, H] -> [T, H]; with rows [R], what follows attention is computed for these alone: [R, H].
+
+    Its input may be overwritten.
+    """
 
     def __init__(
         self,

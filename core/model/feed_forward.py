@@ -33,7 +33,7 @@ class ResidualFeedForward(Protocol):
     """A feed-forward layer that knows a shorter way to its sum with the residual than three steps."""
 
     def as_residual(self, build: Build, norm: nn.Module) -> Callable[[Tensor], Tensor]:
-        """The function x [T, H] -> x + self(norm(x))."""
+        """The function x [T, H] -> x + self(norm(x)); x may be overwritten."""
         ...
 
 

@@ -87,8 +87,8 @@ Fusion = Literal["norm", "add", "norm_gated", "norm_rotary"]
     norm_rotary   (x, gain, eps, stored, cos, sin, positions, slots, cache, bias) -> queries [T, N, D] of
                   rotary_kv_write(linear(rms_norm(x)) cut in q, k, v); only with KV formats that store by that op
 
-bias [out] is None for a layer that has none, and the Facts of one that has state it as the size bias = 1. No op writes
-to its inputs, the cache excepted.
+bias [out] is None for a layer that has none, and the Facts of one that has state it as the size bias = 1. Ops write to
+the cache, and may keep their result in the residual, which their caller gives up; they write to no other input.
 """
 
 

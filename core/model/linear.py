@@ -152,7 +152,10 @@ class Linear(LinearWeight):
         return lambda x: product(x, norm.weight, norm.eps, self.stored, self.bias)
 
     def onto(self, build: Build) -> Callable[[Tensor, Tensor], Tensor]:
-        """The function (x [T, in], residual [T, out]) -> residual + self(x), in one op where there is one."""
+        """The function (x [T, in], residual [T, out]) -> residual + self(x), in one op where there is one.
+
+        The residual may be overwritten.
+        """
         product = None if self._sums_over_ranks() else self.fused(build, "add")
         if product is None:
             return lambda x, residual: residual + self(x)

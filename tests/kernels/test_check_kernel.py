@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -96,6 +97,17 @@ def test_a_wrong_provider_is_noticed(provider: str, message: str) -> None:
     with pytest.raises(AssertionError, match=message) as failure:
         check_kernel(table(provider), "halve", provider, CPU, torch.float32)
     assert f"halve by {provider}, sample 'strided'" in str(failure.value)
+
+
+def spending(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
+    for sample in samples(device, dtype):
+        yield replace(sample, spent=(0,))
+
+
+def test_what_the_caller_gives_up_may_be_overwritten() -> None:
+    op = replace(table("in_place").ops["halve"], samples=f"{__name__}:spending")
+    kernels = KernelTable((op,), table("in_place").kernels("halve"))
+    check_kernel(kernels, "halve", "in_place", CPU, torch.float32)
 
 
 def test_a_provider_that_claims_no_sample_is_noticed() -> None:

@@ -33,7 +33,7 @@ MAX_ROWS = 4
 WARP_INPUTS = 256
 """Features of a row that a warp loads at once."""
 
-# Pairs that a thread loads at once, 16 bytes. They are the last axis of every tile, so a sum over it costs no exchange.
+# Pairs that a thread loads at once, 16 bytes.
 LANE = tl.constexpr(4)
 ALIGNMENT = 16
 
@@ -64,13 +64,13 @@ def upper(pair, DTYPE: tl.constexpr):
 
 @triton.jit
 def load_tile(weight, weight_stride, output, start, NUM_PAIRS: tl.constexpr, PAIRS: tl.constexpr):
-    """Pairs from start of the weight's rows `output` [OUTPUTS] -> [OUTPUTS, PAIRS / LANE, LANE]."""
-    place = start + tl.arange(0, PAIRS // LANE)[:, None] * LANE + tl.arange(0, LANE)[None, :]
-    source = as_pairs(weight) + output.to(tl.int64)[:, None, None] * (weight_stride // 2) + place[None, :, :]
+    """Pairs from start of the weight's rows `output` [OUTPUTS] -> [OUTPUTS, PAIRS]."""
+    place = start + tl.arange(0, PAIRS)[None, :]
+    source = as_pairs(weight) + output.to(tl.int64)[:, None] * (weight_stride // 2) + place
     if NUM_PAIRS % PAIRS == 0:
         return tl.load(source, eviction_policy="evict_first")
     else:
-        return tl.load(source, mask=(place < NUM_PAIRS)[None, :, :], other=0, eviction_policy="evict_first")
+        return tl.load(source, mask=place < NUM_PAIRS, other=0, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -85,12 +85,18 @@ def first_tiles(weight, weight_stride, output, NUM_PAIRS: tl.constexpr, PAIRS: t
 
 @triton.jit
 def load_features(source, start, NUM_PAIRS: tl.constexpr, PAIRS: tl.constexpr):
-    """The same pairs of a vector, [1, PAIRS / LANE, LANE]."""
-    place = start + tl.arange(0, PAIRS // LANE)[None, :, None] * LANE + tl.arange(0, LANE)[None, None, :]
+    """The same pairs of a vector, [1, PAIRS]."""
+    place = start + tl.arange(0, PAIRS)[None, :]
     if NUM_PAIRS % PAIRS == 0:
         return tl.load(as_pairs(source) + place)
     else:
         return tl.load(as_pairs(source) + place, mask=place < NUM_PAIRS, other=0)
+
+
+@triton.jit
+def sum_lanes(value):
+    """[A, PAIRS] -> [A, PAIRS / LANE]: what a thread loaded at once it adds up without an exchange."""
+    return tl.sum(tl.reshape(value, (value.shape[0], value.shape[1] // LANE, LANE)), axis=2)
 
 
 @triton.jit
@@ -120,11 +126,11 @@ def add_tile(
         odd = upper(pair, DTYPE)
         square = squares[row]
         if gain is not None:
-            square += tl.sum(even * even + odd * odd, axis=2)
+            square += sum_lanes(even * even + odd * odd)
             even *= lower(scale, DTYPE)
             odd *= upper(scale, DTYPE)
         grown_squares += (square,)
-        grown += (sums[row] + tl.sum(lower(tile, DTYPE) * even + upper(tile, DTYPE) * odd, axis=2),)
+        grown += (sums[row] + sum_lanes(lower(tile, DTYPE) * even + upper(tile, DTYPE) * odd),)
     return grown, grown_squares
 
 
@@ -228,8 +234,9 @@ def takes(x: Tensor, weight: Tensor) -> bool:
 
 
 def _is_aligned(rows: Tensor) -> bool:
-    num_numbers = ALIGNMENT // rows.element_size()
-    return rows.data_ptr() % ALIGNMENT == rows.stride(0) % num_numbers == rows.shape[1] % num_numbers == 0
+    if rows.stride(1) != 1 or rows.data_ptr() % ALIGNMENT:
+        return False
+    return all(step * rows.element_size() % ALIGNMENT == 0 for step in (rows.stride(0), rows.shape[1]))
 
 
 def options(x: Tensor, tile: Tile) -> dict[str, Any]:
