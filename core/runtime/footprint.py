@@ -23,7 +23,7 @@ def activation_bytes(built: BuiltModel, num_tokens: int, num_rows: int) -> int:
 
     The layers and the logits have their peaks one after the other, so the larger one counts:
 
-        layers   for each token the residual stream before and after, and the widest place of a layer, see `widest`
+        layers   for each token the numbers at the widest place of a layer, see `widest`
         logits   each row in the model's dtype, and widened where all of them want log probabilities
     """
     itemsize = built.build.dtype.itemsize
@@ -56,9 +56,9 @@ def check_tables(num_slots: int, max_blocks: int, unused: int) -> None:
 def widest(module: nn.Module) -> int:
     """Numbers for each token at the widest place of any layer.
 
-    A layer is two linear layers in a row, such as gate_up and down: beside the residual stream, which is there twice,
-    the first one's output and the second one's input are there at once. In a stack of experts both, and the rows that
-    were gathered for it, are there for each expert that a token visits.
+    A layer is two linear layers in a row, such as gate_up and down: beside the residual stream and its normed copy, the
+    first one's output and the second one's input are there at once. In a stack of experts both, and the rows that were
+    gathered for it, are there for each expert that a token visits.
     """
     return max((_width(linears) for linears in _layers(module)), default=0)
 
