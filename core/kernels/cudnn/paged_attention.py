@@ -54,6 +54,11 @@ class Plan:
     rest: Pieces | None
     end: int
 
+    def is_one_run(self, num_rows: int) -> bool:
+        """Whether one call attends every row of the batch, so that its result needs no copying."""
+        run = self.runs[0]
+        return run.num_pieces * run.num_attended == num_rows
+
 
 class PagedAttention:
     """The attention of one layer."""
@@ -68,6 +73,9 @@ class PagedAttention:
         plan = self._plan(pages, window, cache["keys"].shape[1])
         if plan is None:
             return self._triton(q, cache, pages, scale, window)
+        if plan.is_one_run(q.shape[0]):
+            attended = attend_run(self._library, rows_of(plan.runs[0], q), cache, plan.runs[0], scale)
+            return attended.transpose(1, 2).reshape(q.shape).to(q.dtype)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         if pages.num_decodes:
             self._triton.attend_decodes(q, cache, pages, scale, window, out)

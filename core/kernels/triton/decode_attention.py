@@ -24,7 +24,8 @@ class DecodeTuning:
 
     tile: positions attended together. warps, stages: of a program. registers: of a thread at most. programs: how many
     there are at most, for each multiprocessor. least: positions that a program takes at least, in whole tiles. most:
-    programs that share a sequence at most.
+    programs that share a sequence at most. early: whether a program brings its first tile into the L2 before it waits
+    for the previous kernel.
     """
 
     tile: int
@@ -34,6 +35,7 @@ class DecodeTuning:
     programs: int
     least: int
     most: int
+    early: bool = False
 
 
 def decode_tuning(size: int, element_bytes: int) -> DecodeTuning:
@@ -210,6 +212,7 @@ def decode_attention_kernel(
     WINDOWED: tl.constexpr,
     MOST: tl.constexpr,
     CHUNK: tl.constexpr,
+    EARLY: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One program: a KV head's share of all sequences' tiles, which stand in a row; GROUP query heads read each.
@@ -242,7 +245,7 @@ def decode_attention_kernel(
     mark_stride = num_workers * 2 * stride
     parts += kv_head * GROUP * SIZE
     marks += kv_head * GROUP
-    if PDL:  # noqa: SIM102 - one is known to the compiler, the other is not
+    if EARLY:  # noqa: SIM102 - one is known to the compiler, the other is not
         # The step's tables were complete before its first layer began; only q and the newest entry are still to come.
         if tile < last:
             row = tl.sum((ends <= tile).to(tl.int32), axis=0)
@@ -383,6 +386,7 @@ class DecodeAttention:
             WINDOWED=window is not None,
             MOST=tuning.most,
             CHUNK=min(tuning.most, max(1, COMBINED * 32 * tuning.warps // (part_heads * size))),
+            EARLY=pdl and tuning.early,
             PDL=pdl,
             num_warps=tuning.warps,
             num_stages=tuning.stages,

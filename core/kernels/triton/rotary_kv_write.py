@@ -12,6 +12,10 @@ from plexor.kernels.triton.kv_write import saturated, storage_limit
 from plexor.kernels.triton.pdl import launch_next, overlaps, wait
 
 HEADS = 4
+"""Heads that a program turns while there are few tokens; with many it turns four times as many, so that what it looks up
+is looked up less often.
+"""
+MANY_TOKENS = 512
 
 
 @triton.jit
@@ -147,7 +151,8 @@ def rotary_kv_write(
         return out
     rest = head_size - 2 * half
     pdl = overlaps(q.device)
-    grid = (num_tokens, triton.cdiv(num_heads, HEADS) + triton.cdiv(num_kv_heads, HEADS))
+    heads = HEADS if num_tokens < MANY_TOKENS else 4 * HEADS
+    grid = (num_tokens, triton.cdiv(num_heads, heads) + triton.cdiv(num_kv_heads, heads))
     rotary_kv_write_kernel[grid](
         q,
         k,
@@ -171,12 +176,12 @@ def rotary_kv_write(
         v.stride(1),
         cache["keys"].stride(1),
         storage_limit(k.dtype, cache["keys"].dtype),
-        HEADS=HEADS,
+        HEADS=heads,
         HALF=triton.next_power_of_2(half),
         REST=triton.next_power_of_2(rest) if rest else 0,
         SIZE=triton.next_power_of_2(head_size),
         PDL=pdl,
         launch_pdl=pdl,
-        num_warps=2,
+        num_warps=2 if heads == HEADS else 4,
     )
     return out
