@@ -99,19 +99,21 @@ def time_decodes() -> None:
 
 def sweep_decodes() -> None:
     for storage in STORAGES:
-        variants = tuple(decode_variants(decode_tuning(HEAD_SIZE, storage.itemsize)))
+        chosen = [decode_tuning(num_rows, HEAD_SIZE, storage.itemsize) for num_rows in (1, 64)]
+        variants = tuple(dict.fromkeys(variant for tuning in chosen for variant in decode_variants(tuning)))
         for num_sequences, length in SWEPT_DECODES:
             case = decode_case(num_sequences, length, storage)
             expected = attend_decodes(decode_tuning)(case.q, case.caches[0], case.pages)
             times = {}
             for variant in variants:
-                attend = attend_decodes(lambda size, element_bytes, variant=variant: variant)
+                attend = attend_decodes(lambda num_rows, size, element_bytes, variant=variant: variant)
                 torch.testing.assert_close(attend(case.q, case.caches[0], case.pages), expected, rtol=2e-2, atol=1e-2)
                 times[variant] = timed(case, attend)
             print(f"decode {num_sequences} x {length}, {storage}")
             for variant, seconds in sorted(times.items(), key=itemgetter(1))[:6]:
                 print(f"    {as_rate(case, seconds)}  {variant}", flush=True)
-            print(f"    {as_rate(case, times[variants[0]])}  as chosen now", flush=True)
+            now = decode_tuning(num_sequences, HEAD_SIZE, storage.itemsize)
+            print(f"    {as_rate(case, times[now])}  as chosen now", flush=True)
 
 
 def decode_variants(chosen: DecodeTuning) -> Iterator[DecodeTuning]:

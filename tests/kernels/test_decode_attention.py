@@ -37,7 +37,7 @@ def decodes(lengths: tuple[int, ...], heads: tuple[int, int, int]) -> tuple[torc
 def test_every_way_to_cut_gives_the_same(tuning: DecodeTuning, window: int | None) -> None:
     q, cache, pages = decodes(LENGTHS, (6, 2, 24))
     expected = paged_attention(q, cache, pages, SCALE, window)
-    attend = DecodeAttention(lambda size, element_bytes: tuning)
+    attend = DecodeAttention(lambda num_rows, size, element_bytes: tuning)
     out = torch.full_like(q, float("nan"))
     attend(q, cache, pages.block_table, pages.kv_length, SCALE, window, out)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=2e-5)
@@ -45,7 +45,7 @@ def test_every_way_to_cut_gives_the_same(tuning: DecodeTuning, window: int | Non
 
 def test_a_second_launch_with_other_lengths_finds_the_counters_at_zero() -> None:
     tuning = DecodeTuning(tile=16, warps=4, stages=2, registers=168, programs=8, least=16, most=64)
-    attend = DecodeAttention(lambda size, element_bytes: tuning)
+    attend = DecodeAttention(lambda num_rows, size, element_bytes: tuning)
     q, cache, pages = decodes(LENGTHS, (4, 1, 32))
     for lengths in (LENGTHS, (17, 0, 0, 32, 1, 199), LENGTHS):
         pages.kv_length.copy_(torch.tensor(lengths))

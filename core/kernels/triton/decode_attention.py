@@ -14,6 +14,8 @@ from plexor.batch import LayerCache
 from plexor.kernels.triton.attention import LOG2_E, LOWEST, compute_dtype, load_queries, place_in_blocks, widen
 from plexor.kernels.triton.pdl import launch_next, overlaps, prefetch, wait
 
+# Up to here the products around attention stream their weights, and leave room for its programs.
+FEW_ROWS = 16
 # Numbers of partial results that a thread holds while it adds them up.
 COMBINED = 32
 
@@ -38,14 +40,19 @@ class DecodeTuning:
     early: bool = False
 
 
-def decode_tuning(size: int, element_bytes: int) -> DecodeTuning:
-    """size: features of a head, up to a power of two. element_bytes: of a stored number.
+def decode_tuning(num_rows: int, size: int, element_bytes: int) -> DecodeTuning:
+    """Measured on an H200 among the products of a layer: bench/NOTES.md.
 
-    A tile of keys takes 16 KiB as the products read it; three programs find room in a multiprocessor's registers.
+    size: features of a head, up to a power of two. element_bytes: of a stored number. Few rows are a matter of latency:
+    one tile each for many programs, in so little memory that they start beside the product before them. With many rows
+    four programs on each multiprocessor keep the memory busy.
     """
-    tile = max(16, min(128, (16 << 10) // (size * max(2, element_bytes))))
-    stages = 3 if element_bytes > 1 else 4
-    return DecodeTuning(tile, warps=4, stages=stages, registers=168, programs=2, least=128, most=32)
+    wide = size * max(2, element_bytes)
+    if num_rows <= FEW_ROWS:
+        tile = max(16, min(64, (16 << 10) // wide))
+        return DecodeTuning(tile, warps=4, stages=1, registers=168, programs=3, least=tile, most=64, early=True)
+    tile = max(16, min(64, (8 << 10) // wide))
+    return DecodeTuning(tile, warps=4, stages=3, registers=128, programs=4, least=128, most=32)
 
 
 @triton.jit
@@ -321,7 +328,7 @@ def decode_attention_kernel(
 class DecodeAttention:
     """The attention of one-row sequences for one layer: keeps the counters by which its programs find each other."""
 
-    def __init__(self, tuning: Callable[[int, int], DecodeTuning] = decode_tuning) -> None:
+    def __init__(self, tuning: Callable[[int, int, int], DecodeTuning] = decode_tuning) -> None:
         self._tuning = tuning
         self._arrivals: Tensor | None = None
 
@@ -344,7 +351,7 @@ class DecodeAttention:
         block_size, num_kv_heads = keys.shape[1:3]
         group = num_heads // num_kv_heads
         size = max(16, triton.next_power_of_2(head_size))
-        tuning = self._tuning(size, keys.element_size())
+        tuning = self._tuning(num_rows, size, keys.element_size())
         num_programs = max(tuning.programs * num_multiprocessors(q.device), num_kv_heads)
         most_tiles = num_rows * triton.cdiv(block_table.shape[1] * block_size, tuning.tile)
         least = triton.cdiv(tuning.least, tuning.tile)
