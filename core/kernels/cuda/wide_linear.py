@@ -10,15 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plexor.kernels.cuda.call import BOX, GATED, ROTARY, Call, num_multiprocessors, tensor_map
+from plexor.kernels.cuda.call import BOX, GATED, Call, num_multiprocessors, tensor_map
 from plexor.kernels.cuda.program import Program, load
 
 MAX_ROWS = 128
-"""Beyond it the library is faster; beyond half of it, too, unless the epilogue saves a kernel (bench/NOTES.md)."""
+"""The most rows that any layer is given to this kernel with: see `most_rows`."""
 _ROWS = 64
 _THREADS = 320
 _MOST_STAGES = 16
 _SHARED_BYTES = 226 * 1024
+
+
+def most_rows(epilogue: int, num_outputs: int) -> int:
+    """Beyond how many rows the library is faster, among the other kernels of a layer on an H200 (bench/NOTES.md).
+
+    The gate saves the library's product a kernel; layers of many outputs need no second block for each tile.
+    """
+    if epilogue == GATED:
+        return MAX_ROWS
+    return 64 if num_outputs >= 16384 else 32
 
 
 def split_for(num_outputs: int, num_blocks: int) -> int:
@@ -39,9 +49,8 @@ class WideLinear:
     def takes(self, call: Call) -> bool:
         """As many rows as pay, whose weight has whole tiles of 128 rows."""
         num_outputs = call.weight.shape[0]
-        most = MAX_ROWS if call.epilogue in (GATED, ROTARY) else MAX_ROWS // 2
         return (
-            0 < call.num_rows <= most
+            0 < call.num_rows <= most_rows(call.epilogue, num_outputs)
             and num_outputs % (2 * _ROWS) == (call.pair or _ROWS) % _ROWS == 0
             and call.lies_well()
         )
