@@ -12,7 +12,7 @@ from plexor.kernels.triton.kv_write import saturated, storage_limit
 from plexor.kernels.triton.pdl import launch_next, overlaps, wait
 
 HEADS = 4
-"""Heads that a program turns; four times as many where there are many tokens, so that it looks up cosines less often."""
+"""Heads that a program turns; four times as many where there are many tokens: cosines are then looked up less often."""
 MANY_TOKENS = 512
 
 
