@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from plexor.batch import Batch, ForwardContext, LayerCache, MediaRows, Pages
+    from plexor.batch import Batch, ForwardContext, LayerCache, LogitRows, MediaRows, Pages
     from plexor.checkpoint.document import read_object
     from plexor.checkpoint.fields import Fields
     from plexor.checkpoint.mapping import Ignore, Rule, WeightRule, under
@@ -63,7 +63,7 @@ if TYPE_CHECKING:
     from plexor.runtime.stats import StepObserver, StepStats
 
 _HOMES = {
-    "plexor.batch": ("Batch", "ForwardContext", "LayerCache", "MediaRows", "Pages"),
+    "plexor.batch": ("Batch", "ForwardContext", "LayerCache", "LogitRows", "MediaRows", "Pages"),
     "plexor.checkpoint.document": ("read_object",),
     "plexor.checkpoint.fields": ("Fields",),
     "plexor.checkpoint.mapping": ("Ignore", "Rule", "WeightRule", "under"),
@@ -166,6 +166,7 @@ __all__ = [
     "Linear",
     "LinearFormat",
     "LinearShape",
+    "LogitRows",
     "Media",
     "MediaModel",
     "MediaProcessor",

@@ -66,11 +66,22 @@ class Pages:
     memo: dict[object, Any] = field(default_factory=dict, compare=False)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class LogitRows:
+    """The rows whose next token is wanted; the last layer attends these alone.
+
+    pages: what each of them sees, as if it were the one row of a sequence, in the order of index.
+    """
+
+    index: Tensor  # [R] int64
+    pages: Pages
+
+
 @dataclass(frozen=True, slots=True)
 class ForwardContext:
     """What a forward needs besides the tokens; passed explicitly to every layer."""
 
     pages: Pages
     slots: Tensor  # [T] int64: where each token's entry goes (block * block_size + offset), -1 for padding
-    logit_rows: Tensor | None  # [R] int64: rows whose next token is wanted; None for every row
+    logit_rows: LogitRows | None  # None: the next token of every row is wanted
     kv: tuple[LayerCache, ...]  # one for each layer that attends

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from plexor.batch import ForwardContext
+from plexor.batch import ForwardContext, LogitRows
 from plexor.model.build import Build
 from plexor.model.format import KVShape
 from plexor.model.linear import Linear, Part
@@ -51,7 +51,7 @@ class RotaryTables(nn.Module):
 class Attention(nn.Module):
     """[T, H] -> [T, H] with the heads shared out between the ranks; kv_index is this layer's place in ctx.kv.
 
-    With rows [R], keys and values of all rows are stored, but only these rows' output is computed: [R, H].
+    With `rows`, keys and values of all rows are stored, but only these rows are attended: [R, H].
     """
 
     def __init__(
@@ -87,20 +87,20 @@ class Attention(nn.Module):
         """The cache that this layer needs on this rank."""
         return KVShape(num_blocks, block_size, self.num_kv_heads, self._config.head_size)
 
-    def forward(self, x: Tensor, positions: Tensor, ctx: ForwardContext, rows: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, ctx: ForwardContext, rows: LogitRows | None = None) -> Tensor:
         y: Tensor = self.out(self._attended(self._queries(self.qkv(x), positions, ctx), ctx, rows))
         return y
 
     def as_residual(
         self, build: Build, norm: nn.Module
-    ) -> Callable[[Tensor, Tensor, ForwardContext, Tensor | None], Tensor]:
+    ) -> Callable[[Tensor, Tensor, ForwardContext, LogitRows | None], Tensor]:
         """The function (x, positions, ctx, rows) -> x + self(norm(x), positions, ctx, rows), of these rows of x, which
         may be overwritten.
         """
         queries, add = self._queries_after(build, norm), self.out.onto(build)
 
-        def attend(x: Tensor, positions: Tensor, ctx: ForwardContext, rows: Tensor | None) -> Tensor:
-            return add(self._attended(queries(x, positions, ctx), ctx, rows), x if rows is None else x[rows])
+        def attend(x: Tensor, positions: Tensor, ctx: ForwardContext, rows: LogitRows | None) -> Tensor:
+            return add(self._attended(queries(x, positions, ctx), ctx, rows), x if rows is None else x[rows.index])
 
         return attend
 
@@ -141,8 +141,8 @@ class Attention(nn.Module):
         queries: Tensor = q
         return queries
 
-    def _attended(self, q: Tensor, ctx: ForwardContext, rows: Tensor | None) -> Tensor:
-        """What the queries find in the cache, [T, N * D], or of these rows alone."""
-        cache = ctx.kv[self._kv_index]
-        attended: Tensor = self._attend(q, cache, ctx.pages, self._config.scale, self.window)
-        return (attended if rows is None else attended[rows]).flatten(1)
+    def _attended(self, q: Tensor, ctx: ForwardContext, rows: LogitRows | None) -> Tensor:
+        """What the queries find in the cache, [T, N * D], or of these rows alone, [R, N * D]."""
+        q, pages = (q, ctx.pages) if rows is None else (q[rows.index], rows.pages)
+        attended: Tensor = self._attend(q, ctx.kv[self._kv_index], pages, self._config.scale, self.window)
+        return attended.flatten(1)

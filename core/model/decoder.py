@@ -15,7 +15,7 @@ from typing import Literal, Protocol
 
 from torch import Tensor, nn
 
-from plexor.batch import Batch, ForwardContext
+from plexor.batch import Batch, ForwardContext, LogitRows
 from plexor.model.attention import Attention, AttentionConfig, RotaryTables
 from plexor.model.build import Build
 from plexor.model.embedding import PositionEmbedding, VocabEmbedding
@@ -24,7 +24,7 @@ from plexor.model.format import KVShape
 from plexor.model.linear import Linear, Part
 
 Residual = Literal["sequential", "parallel", "norm_after"]
-Step = Callable[[Tensor, Tensor, ForwardContext, Tensor | None], Tensor]
+Step = Callable[[Tensor, Tensor, ForwardContext, LogitRows | None], Tensor]
 """(x [T, H], positions [T], ctx, rows) -> what a layer makes of them, as in DecoderLayer."""
 
 
@@ -90,7 +90,7 @@ class Slots:
 
 
 class DecoderLayer(nn.Module):
-    """One layer, [T, H] -> [T, H]; with rows [R], what follows attention is computed for these alone: [R, H].
+    """One layer, [T, H] -> [T, H]; with `rows`, all but keys and values is computed for these alone: [R, H].
 
     Its input may be overwritten.
     """
@@ -110,7 +110,7 @@ class DecoderLayer(nn.Module):
         steps = {"parallel": self._parallel, "norm_after": self._norm_after}
         self._step = self._sequential(build) if residual == "sequential" else steps[residual]
 
-    def forward(self, x: Tensor, positions: Tensor, ctx: ForwardContext, rows: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, ctx: ForwardContext, rows: LogitRows | None = None) -> Tensor:
         return self._step(x, positions, ctx, rows)
 
     def _sequential(self, build: Build) -> Step:
@@ -123,13 +123,13 @@ class DecoderLayer(nn.Module):
             advance = _in_steps(feed_forward, norm)
         return lambda x, positions, ctx, rows: advance(attend(x, positions, ctx, rows))
 
-    def _parallel(self, x: Tensor, positions: Tensor, ctx: ForwardContext, rows: Tensor | None) -> Tensor:
+    def _parallel(self, x: Tensor, positions: Tensor, ctx: ForwardContext, rows: LogitRows | None) -> Tensor:
         attended = self.attention(self.attention_norm(x), positions, ctx, rows)
         x = _chosen(x, rows)
         y: Tensor = x + attended + self.feed_forward(self.feed_forward_norm(x))
         return y
 
-    def _norm_after(self, x: Tensor, positions: Tensor, ctx: ForwardContext, rows: Tensor | None) -> Tensor:
+    def _norm_after(self, x: Tensor, positions: Tensor, ctx: ForwardContext, rows: LogitRows | None) -> Tensor:
         x = self.attention_norm(_chosen(x, rows) + self.attention(x, positions, ctx, rows))
         y: Tensor = self.feed_forward_norm(x + self.feed_forward(x))
         return y
@@ -139,8 +139,8 @@ def _in_steps(feed_forward: nn.Module, norm: nn.Module) -> Callable[[Tensor], Te
     return lambda x: x + feed_forward(norm(x))
 
 
-def _chosen(x: Tensor, rows: Tensor | None) -> Tensor:
-    return x if rows is None else x[rows]
+def _chosen(x: Tensor, rows: LogitRows | None) -> Tensor:
+    return x if rows is None else x[rows.index]
 
 
 class Decoder(nn.Module):

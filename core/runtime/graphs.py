@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from plexor.batch import Batch, ForwardContext, LayerCache, Pages
+from plexor.batch import Batch, ForwardContext, LayerCache
 from plexor.model.decoder import Model
 from plexor.runtime.sampler import Sampler, Settings
 from plexor.runtime.state import Array, SlotState, send
@@ -79,7 +79,6 @@ class DecodeSteps:
         self._state = state
         self._sampler = sampler
         self._buckets = tuple(buckets)
-        self._starts = torch.arange(state.num_slots + 1, dtype=torch.int32, device=device)
         # One run of bytes behind all that is sent when the rows change, so that they change in one copy.
         self._sent, (self._slots, *settings) = send(self.arrays(()), device)
         self._settings = Settings(*settings)
@@ -118,8 +117,7 @@ class DecodeSteps:
     def _step(self, bucket: int) -> DrawnRows:
         state, slots = self._state, self._slots[:bucket]
         token_ids, positions, cache_slots, kv_length, steps = state.advance(slots)
-        pages = Pages(self._starts[: bucket + 1], kv_length, state.row_table[:bucket], max_query=1, num_decodes=bucket)
-        ctx = ForwardContext(pages, cache_slots, None, self._cache)
+        ctx = ForwardContext(state.one_row_pages(kv_length), cache_slots, None, self._cache)
         logits = self._model.logits(self._model.forward(Batch(token_ids, positions), ctx))
         settings = self._settings[:bucket]
         ids = self._sampler.draw(logits, settings, steps)

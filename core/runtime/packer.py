@@ -84,7 +84,7 @@ class KnownPiece(msgspec.Struct, frozen=True, array_like=True):
 
 
 class StepInput(msgspec.Struct, frozen=True, kw_only=True):
-    """One step: first a row for each decode, then the rows of each piece.
+    """One step: first a row for each decode, then the rows of each piece, of those that draw before the others'.
 
     decodes: slots of sequences whose last token was drawn on the device since they got the slot; token, position, cache
     slot and length are there. Rows that draw a token: the decodes, then the last rows of the pieces that draw. blocks:
@@ -103,7 +103,7 @@ def pack(plan: Plan) -> StepInput:
     """What the ranks need of a plan; to be called right after `schedule`, before anything changes its sequences."""
     starts = {piece.sequence: piece.start for piece in plan.pieces}
     pieces, media, row = [], [], len(plan.decodes)
-    for piece in plan.pieces:
+    for piece in sorted(plan.pieces, key=lambda piece: not piece.samples):
         pieces.append(_known_piece(piece))
         media.extend(_media_spans(piece, row))
         row += piece.length

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from plexor.batch import Batch, ForwardContext, LayerCache, MediaRows, Pages, Prefill
+from plexor.batch import Batch, ForwardContext, LayerCache, LogitRows, MediaRows, Pages, Prefill
 from plexor.errors import RequestError
 from plexor.model.media import MediaModel
 from plexor.runtime.graphs import DecodeSteps, DrawnRows
@@ -131,7 +131,7 @@ class Runner:
         _, arrays = send([*host, *_piece_arrays(step, state)], self._device)
         state.write_blocks(*arrays[:2])
         of_rows, settings = arrays[2], Settings(*arrays[3:8])
-        owners, query_start, logit_rows, *known, ends = arrays[8:]
+        owners, query_start, last_rows, *known, ends = arrays[8:]
         state.fill_rows(owners, first_row=num_decodes)
         if num_decodes:
             of_decodes = state.advance(of_rows[:num_decodes])
@@ -146,6 +146,7 @@ class Runner:
             num_decodes=num_decodes,
             prefills=tuple(_prefills(step)),
         )
+        logit_rows = LogitRows(last_rows, state.one_row_pages(kv_length[: len(slots)]))
         ctx = ForwardContext(pages, cache_slots, logit_rows, self._cache)
         batch = Batch(token_ids, positions, self._media_rows(step.media))
         logits = self._model.logits(self._model.forward(batch, ctx))
@@ -221,9 +222,9 @@ class Runner:
 def _piece_arrays(step: StepInput, state: SlotState) -> list[Array]:
     """What the device does not know of a step with pieces.
 
-    Slots of the pieces [P]; query_start [S + 1]; logit_rows [R]; then what `advance` gives for decodes: token ids,
-    positions and cache slots of the pieces' rows, entries after the step of each piece, which token each piece that
-    draws does draw; at last the entries of those pieces.
+    Slots of the pieces [P]; query_start [S + 1]; the rows that draw [R]; then what `advance` gives for decodes: token
+    ids, positions and cache slots of the pieces' rows, entries after the step of each piece, which token each piece
+    that draws does draw; at last the entries of those pieces.
     """
     pieces, num_decodes = step.pieces, len(step.decodes)
     positions = [numpy.arange(piece.start, piece.start + len(piece.token_ids)) for piece in pieces]

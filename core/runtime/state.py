@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from plexor.batch import Pages
 from plexor.model.build import Build
 from plexor.runtime.packer import NewBlocks
 
@@ -46,7 +47,7 @@ class SlotState:
     """By slot, on the device: the last drawn token, cache entries, tokens drawn, and the block table.
 
     tokens [N + 1] int64, lengths [N + 1] int32, steps [N + 1] int64, block_table [N + 1, W] int32; what padding rows
-    (slot -1) draw lands in the last row. row_table [N, W] int32: the block tables in the order of a step's rows.
+    (slot -1) draw lands in the last row. row_table [N, W] int32: the block tables in the order of a step's sequences.
     A sequence's tokens, lengths and steps are valid once a step has drawn for it; its blocks from the first step on.
     """
 
@@ -60,6 +61,7 @@ class SlotState:
         self.steps = torch.zeros(num_slots + 1, dtype=torch.int64, device=device)
         self.block_table = torch.zeros(num_slots + 1, max_blocks, dtype=torch.int32, device=device)
         self.row_table = torch.zeros(num_slots, max_blocks, dtype=torch.int32, device=device)
+        self._starts = torch.arange(num_slots + 1, dtype=torch.int32, device=device)
         self._known = numpy.zeros((num_slots, max_blocks), dtype=numpy.int32)
         self._advance: Callable[..., Advanced] = build.bind("advance")
 
@@ -73,6 +75,11 @@ class SlotState:
         """Copy the block tables of these slots to the row table, from first_row on."""
         rows = self.row_table[first_row : first_row + slots.shape[0]]
         torch.index_select(self.block_table, 0, slots, out=rows)
+
+    def one_row_pages(self, kv_length: Tensor) -> Pages:
+        """Pages of the step's first sequences with one row each; kv_length [S] int32: their entries."""
+        count = kv_length.shape[0]
+        return Pages(self._starts[: count + 1], kv_length, self.row_table[:count], max_query=1, num_decodes=count)
 
     def new_blocks(self, new: Sequence[NewBlocks]) -> tuple[Array, Array]:
         """Places in the flat block table and what to write there, to be sent and given to `write_blocks`."""

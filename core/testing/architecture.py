@@ -206,13 +206,11 @@ def _step(
         ),
         max_query=max(lengths),
     )
-    ctx = ForwardContext(
-        pages, torch.tensor(slots, device=device), torch.arange(len(spots), device=device), cache.layers
-    )
+    ctx = ForwardContext(pages, torch.tensor(slots, device=device), None, cache.layers)
     batch = Batch(torch.tensor(token_ids, device=device), torch.tensor(positions, device=device))
     with torch.inference_mode():
         logits = built.model.logits(built.model.forward(batch, ctx))
-    return torch.split(logits.cpu(), lengths)
+    return torch.split(logits[: len(spots)].cpu(), lengths)
 
 
 def _oracle(folder: Path) -> Any:

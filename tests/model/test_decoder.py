@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from plexor.batch import Batch, ForwardContext, MediaRows, Pages
+from plexor.batch import Batch, ForwardContext, LogitRows, MediaRows, Pages
 from plexor.checkpoint.loader import load_weights
 from plexor.checkpoint.mapping import Rule
 from plexor.model.attention import Attention, AttentionConfig, RotaryTables
@@ -28,7 +28,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def context(caches: tuple[dict[str, Tensor], ...], logit_rows: Tensor | None = None) -> ForwardContext:
+def context(caches: tuple[dict[str, Tensor], ...], logit_rows: LogitRows | None = None) -> ForwardContext:
     """One sequence of LENGTH tokens in block 1."""
     pages = Pages(
         query_start=torch.tensor([0, LENGTH], dtype=torch.int32),
@@ -122,20 +122,32 @@ def test_attention_sums_over_the_ranks(
     assert float(whole.std()) > 0.1
 
 
+def alone(rows: Tensor) -> LogitRows:
+    """Rows of the sequence of `context`, each of which sees itself and those before."""
+    count = len(rows)
+    starts, lengths = torch.arange(count + 1, dtype=torch.int32), (rows + 1).to(torch.int32)
+    table = torch.ones(count, 1, dtype=torch.int32)
+    return LogitRows(rows, Pages(starts, lengths, table, max_query=1, num_decodes=count))
+
+
+@pytest.mark.parametrize("window", [None, 2])
 @pytest.mark.parametrize("residual", ["sequential", "parallel", "norm_after"])
 @pytest.mark.parametrize("rows", [[], [4], [3, 0]])
-def test_only_rows_with_logits_leave_the_last_layer(make: Make, residual: Residual, rows: list[int]) -> None:
+def test_only_rows_with_logits_leave_the_last_layer(
+    make: Make, residual: Residual, rows: list[int], window: int | None
+) -> None:
     build = make()
-    model = decoder(build, residual=residual)
+    attention = replace(attention_config(Rotary(4, 100.0, 16)), window=window)
+    model = decoder(build, residual=residual, attention=(attention, attention))
     batch = Batch(torch.tensor([1, 2, 3, 4, 5]), torch.arange(LENGTH))
 
-    def forwarded(chosen: Tensor | None) -> tuple[Tensor, tuple[dict[str, Tensor], ...]]:
+    def forwarded(chosen: LogitRows | None) -> tuple[Tensor, tuple[dict[str, Tensor], ...]]:
         caches = tuple(cache_for(build, shape) for shape in model.kv_shapes(2, 8))
         return model.forward(batch, context(caches, chosen)), caches
 
     chosen = torch.tensor(rows, dtype=torch.int64)
     every, caches = forwarded(None)
-    some, same_caches = forwarded(chosen)
+    some, same_caches = forwarded(alone(chosen))
     assert every.shape == (LENGTH, HIDDEN)
     torch.testing.assert_close(some, every[chosen])
     for cache, same_cache in zip(caches, same_caches, strict=True):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from plexor.batch import Batch, ForwardContext, Pages
+from plexor.batch import Batch, ForwardContext, LogitRows, Pages
 from plexor.extension import builtin
 from plexor.extension.specs import Kernel
 from plexor.kernels.table import KernelTable
@@ -98,7 +98,15 @@ def forward(build: Build, model: Decoder) -> tuple[Tensor, list[dict[str, Tensor
         block_table=torch.tensor([[1]], dtype=torch.int32),
         max_query=LENGTH,
     )
-    ctx = ForwardContext(pages, torch.arange(8, 8 + LENGTH), torch.tensor([LENGTH - 1, 0]), tuple(caches))
+    alone = Pages(
+        query_start=torch.arange(3, dtype=torch.int32),
+        kv_length=torch.tensor([LENGTH, 1], dtype=torch.int32),
+        block_table=torch.ones(2, 1, dtype=torch.int32),
+        max_query=1,
+        num_decodes=2,
+    )
+    rows = LogitRows(torch.tensor([LENGTH - 1, 0]), alone)
+    ctx = ForwardContext(pages, torch.arange(8, 8 + LENGTH), rows, tuple(caches))
     return model.forward(Batch(torch.tensor([1, 2, 3, 4, 5]), torch.arange(LENGTH)), ctx), caches
 
 

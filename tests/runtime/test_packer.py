@@ -22,7 +22,7 @@ def make_sequence(
     return sequence
 
 
-def test_decodes_come_first_and_bring_nothing_but_their_slots() -> None:
+def test_decodes_come_first_and_pieces_that_draw_next() -> None:
     prompt = make_sequence([17, 18, 3, 99, 42, 5], 6, blocks=[9, 2], slot=1)
     decode = make_sequence([1, 2, 3, 4], 3, blocks=[6, 5], slot=0)
     resumed = make_sequence([8, 7], 1, blocks=[3], slot=2)
@@ -36,7 +36,7 @@ def test_decodes_come_first_and_bring_nothing_but_their_slots() -> None:
     assert pack(plan) == StepInput(
         step=4,
         decodes=[0],
-        pieces=[KnownPiece(1, 1, [18, 3, 99, 42], -1), KnownPiece(2, 1, [7], 1)],
+        pieces=[KnownPiece(2, 1, [7], 1), KnownPiece(1, 1, [18, 3, 99, 42], -1)],
         blocks=[NewBlocks(0, 1, [5]), NewBlocks(2, 0, [3])],
         new=[],
         media=[],
@@ -55,11 +55,12 @@ def test_media_follow_their_placeholders_through_chunks() -> None:
     media = (Media("image", 0, 2, b"one", pixels), Media("image", 3, 5, b"two", numpy.zeros(4, dtype=numpy.uint8)))
     other = make_sequence([1], 1, blocks=[7], slot=0)
     sequence = make_sequence(list(range(10)), 10, blocks=[0, 1, 2], slot=3, media=media)
+    short = Piece(make_sequence([4, 5], 2, blocks=[8], slot=2), 0, 2, True)
     pieces = [Piece(sequence, 0, 5, False), Piece(sequence, 5, 5, True)]
-    spans = [pack(Plan(0, (other,), (piece,))).media for piece in pieces]
+    spans = [pack(Plan(0, (other,), (piece, short))).media for piece in pieces]
     assert spans[0] == [
-        MediaSpan(slot=3, index=0, first=0, row=1, count=2),
-        MediaSpan(slot=3, index=1, first=0, row=4, count=2),
+        MediaSpan(slot=3, index=0, first=0, row=3, count=2),
+        MediaSpan(slot=3, index=1, first=0, row=6, count=2),
     ]
     assert spans[1] == [MediaSpan(slot=3, index=1, first=2, row=1, count=3)]
 

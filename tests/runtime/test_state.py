@@ -72,3 +72,13 @@ def test_tables_of_prompts_lie_behind_those_of_decodes(state: SlotState) -> None
     give(state, NewBlocks(0, 0, [2]), NewBlocks(1, 0, [4, 3]))
     state.fill_rows(torch.tensor([1, 0]), first_row=1)
     assert state.row_table.tolist() == [[0] * 5, [4, 3, 0, 0, 0], [2, 0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("lengths", [[], [4, 9]])
+def test_sequences_of_one_row_are_the_first_of_the_row_table(state: SlotState, lengths: list[int]) -> None:
+    state.row_table.copy_(torch.arange(15).view(3, 5))
+    pages = state.one_row_pages(torch.tensor(lengths, dtype=torch.int32))
+    assert pages.query_start.tolist() == list(range(len(lengths) + 1))
+    assert pages.kv_length.tolist() == lengths
+    assert pages.block_table.tolist() == [list(range(5)), list(range(5, 10))][: len(lengths)]
+    assert (pages.max_query, pages.num_decodes, pages.prefills) == (1, len(lengths), ())

@@ -171,7 +171,7 @@ def run(model: Blip2, sequences: Sequence[Sequence[int]], embeddings: Tensor, ch
             block_table=table,
             max_query=len(positions),
         )
-        ctx = ForwardContext(pages, slots.flatten(), torch.arange(count * len(positions)), cache)
+        ctx = ForwardContext(pages, slots.flatten(), None, cache)
         placeholders = positions[positions < QUERIES]
         media = (MediaRows(placeholders - start, embeddings[placeholders]),) if len(placeholders) else ()
         ids = torch.tensor([sequence[start : start + chunk] for sequence in sequences])
