@@ -1,4 +1,4 @@
-"""The multiply of a dense linear layer: the weight streams by for few rows, cuBLAS multiplies more."""
+"""The multiply of a dense linear layer: the weight streams by for few rows, the library multiplies more."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional
 
 from plexor.kernels.triton.pdl import launch_next, wait
-from plexor.kernels.triton.split_linear import multiply
 from plexor.kernels.triton.stream_linear import first_tiles, options, products, takes, tile_for
 
 
@@ -60,7 +60,7 @@ def linear_kernel(
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """As plexor.kernels.reference.linear, with rows of x and of the weight whose last axis is contiguous."""
-    return stream(x, None, 0.0, weight, None) if takes(x, weight) else multiply(x, weight)
+    return stream(x, None, 0.0, weight, None) if takes(x, weight) else functional.linear(x, weight)
 
 
 def stream(x: Tensor, gain: Tensor | None, eps: float, weight: Tensor, bias: Tensor | None) -> Tensor:

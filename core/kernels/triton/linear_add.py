@@ -10,7 +10,6 @@ import triton.language as tl
 from torch import Tensor
 
 from plexor.kernels.triton.pdl import launch_next, wait
-from plexor.kernels.triton.split_linear import multiply
 from plexor.kernels.triton.stream_linear import first_tiles, options, products, takes, tile_for
 
 
@@ -65,7 +64,8 @@ def linear_add(x: Tensor, stored: Mapping[str, Tensor], residual: Tensor, bias: 
     """As plexor.kernels.reference.linear_add, with rows whose last axis is contiguous."""
     weight = stored["weight"]
     if not takes(x, weight):
-        return multiply(x, weight, residual, bias)
+        # In place of the residual: the library adds to what it finds, and would copy it first.
+        return (residual if bias is None else residual + bias).addmm_(x, weight.t())
     num_outputs, num_inputs = weight.shape
     out = torch.empty(x.shape[0], num_outputs, dtype=x.dtype, device=x.device)
     tile = tile_for(num_inputs, x.shape[0])

@@ -8,10 +8,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional
 
 from plexor.kernels.triton.pdl import launch_next, wait
 from plexor.kernels.triton.rms_norm import rms_norm
-from plexor.kernels.triton.split_linear import multiply_gated
+from plexor.kernels.triton.silu_mul import silu_mul
 from plexor.kernels.triton.stream_linear import first_tiles, in_pairs, options, products, takes, tile_for
 
 
@@ -72,7 +73,7 @@ def norm_gated_linear(
     """As plexor.kernels.reference.norm_gated_linear, with rows whose last axis is contiguous."""
     weight = stored["weight"]
     if not takes(x, weight):
-        return multiply_gated(rms_norm(x, gain, eps), weight, bias)
+        return silu_mul(functional.linear(rms_norm(x, gain, eps), weight, bias))
     size = weight.shape[0] // 2
     out = torch.empty(x.shape[0], size, dtype=x.dtype, device=x.device)
     tile = tile_for(weight.shape[1], x.shape[0])

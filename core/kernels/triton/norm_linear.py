@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from torch import Tensor
+from torch.nn import functional
 
 from plexor.kernels.triton.linear import stream
 from plexor.kernels.triton.rms_norm import rms_norm
-from plexor.kernels.triton.split_linear import multiply
 from plexor.kernels.triton.stream_linear import takes
 
 
@@ -19,4 +19,4 @@ def norm_linear(
     weight = stored["weight"]
     if takes(x, weight):
         return stream(x, gain, eps, weight, bias)
-    return multiply(rms_norm(x, gain, eps), weight, bias=bias)
+    return functional.linear(rms_norm(x, gain, eps), weight, bias)

@@ -8,13 +8,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional
 
 from plexor.batch import LayerCache
 from plexor.kernels.triton.kv_write import saturated, storage_limit
 from plexor.kernels.triton.pdl import launch_next, wait
 from plexor.kernels.triton.rms_norm import rms_norm
 from plexor.kernels.triton.rotary_kv_write import rotary_kv_write
-from plexor.kernels.triton.split_linear import multiply
 from plexor.kernels.triton.stream_linear import first_tiles, in_pairs, options, products, takes, tile_for
 
 
@@ -127,7 +127,7 @@ def norm_rotary_linear(
     num_heads = weight.shape[0] // head_size - 2 * num_kv_heads
     half = cos.shape[1]
     if not takes(x, weight) or 2 * half != head_size:
-        heads = multiply(rms_norm(x, gain, eps), weight, bias=bias).unflatten(1, (-1, head_size))
+        heads = functional.linear(rms_norm(x, gain, eps), weight, bias).unflatten(1, (-1, head_size))
         q, k, v = heads.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
         return rotary_kv_write(q, k, v, cos, sin, positions, slots, cache)
     q = torch.empty(x.shape[0], num_heads, head_size, dtype=x.dtype, device=x.device)
