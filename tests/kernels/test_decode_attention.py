@@ -34,8 +34,9 @@ def decodes(lengths: tuple[int, ...], heads: tuple[int, int, int]) -> tuple[torc
     ids=str,
 )
 @pytest.mark.parametrize("window", [None, 100])
-def test_every_way_to_cut_gives_the_same(tuning: DecodeTuning, window: int | None) -> None:
-    q, cache, pages = decodes(LENGTHS, (6, 2, 24))
+@pytest.mark.parametrize("lengths", [LENGTHS, (70,) * 8, (90, 96, 81, 82)], ids=str)
+def test_every_way_to_cut_gives_the_same(tuning: DecodeTuning, lengths: tuple[int, ...], window: int | None) -> None:
+    q, cache, pages = decodes(lengths, (6, 2, 24))
     expected = paged_attention(q, cache, pages, SCALE, window)
     attend = DecodeAttention(lambda num_rows, size, element_bytes: tuning)
     out = torch.full_like(q, float("nan"))

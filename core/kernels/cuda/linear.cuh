@@ -96,6 +96,28 @@ __device__ __forceinline__ int tile_row(int tile, int rows, int pair) {
   return tile / tiles_in_block * 2 * pair + tile % tiles_in_block * rows;
 }
 
+// What an epilogue needs besides the product's two numbers, so that it can be asked for before they are there.
+struct Operands {
+  float first;  // ADD: of the residual; ROTARY: cosine and sine
+  float second;
+  long long slot;
+};
+
+__device__ __forceinline__ Operands load_operands(const Arguments& a, int m, int row) {
+  Operands operands = {};
+#if EPILOGUE == ADD
+  const u16* residual = (const u16*)a.residual + m * a.residual_stride + row;
+  operands.first = widen(residual[0]);
+  operands.second = widen(residual[a.pair]);
+#elif EPILOGUE == ROTARY
+  const long long angle = a.positions[m] * a.pair + row % a.pair;
+  operands.first = a.cos[angle];
+  operands.second = a.sin[angle];
+  operands.slot = a.slots[m];
+#endif
+  return operands;
+}
+
 #if EPILOGUE == ROTARY
 __device__ __forceinline__ void store_entry(void* cache, long long index, float value) {
 #if NARROW
@@ -107,14 +129,13 @@ __device__ __forceinline__ void store_entry(void* cache, long long index, float 
 #endif
 }
 
-__device__ __forceinline__ void store_head_pair(const Arguments& a, int m, int row, float first, float second) {
+__device__ __forceinline__ void store_head_pair(
+    const Arguments& a, int m, int row, float first, float second, Operands operands) {
   const int half = a.pair, size = 2 * half, head = row / size, feature = row % size;
   float low = widen(narrow(first)), high = widen(narrow(second));
   if (head < a.num_heads + a.num_kv_heads) {
-    const long long angle = a.positions[m] * half + feature;
-    const float c = a.cos[angle], s = a.sin[angle];
-    const float turned = low * c - high * s;
-    high = high * c + low * s;
+    const float turned = low * operands.first - high * operands.second;
+    high = high * operands.first + low * operands.second;
     low = turned;
   }
   if (head < a.num_heads) {
@@ -123,32 +144,31 @@ __device__ __forceinline__ void store_head_pair(const Arguments& a, int m, int r
     target[half] = narrow(high);
     return;
   }
-  const long long slot = a.slots[m];
-  if (slot < 0) return;
+  if (operands.slot < 0) return;
   const int kv_head = head - a.num_heads;
   const bool is_key = kv_head < a.num_kv_heads;
   void* cache = is_key ? a.keys : a.values;
-  const long long entry = slot * a.entry_stride + (is_key ? kv_head : kv_head - a.num_kv_heads) * size + feature;
+  const long long entry = operands.slot * a.entry_stride + (is_key ? kv_head : kv_head - a.num_kv_heads) * size + feature;
   store_entry(cache, entry, widen(narrow(low)));
   store_entry(cache, entry + half, widen(narrow(high)));
 }
 #endif
 
-__device__ __forceinline__ void store_pair(const Arguments& a, int m, int row, float first, float second) {
+__device__ __forceinline__ void store_pair(
+    const Arguments& a, int m, int row, float first, float second, Operands operands) {
   if (a.bias) {
     first += widen(((const u16*)a.bias)[row]);
     second += widen(((const u16*)a.bias)[row + a.pair]);
   }
 #if EPILOGUE == ROTARY
-  store_head_pair(a, m, row, first, second);
+  store_head_pair(a, m, row, first, second, operands);
 #elif EPILOGUE == GATED
   ((u16*)a.y)[m * a.y_stride + row] = narrow(first / (1.0f + __expf(-first)) * second);
 #else
   u16* target = (u16*)a.y + m * a.y_stride + row;
 #if EPILOGUE == ADD
-  const u16* residual = (const u16*)a.residual + m * a.residual_stride + row;
-  first += widen(residual[0]);
-  second += widen(residual[a.pair]);
+  first += operands.first;
+  second += operands.second;
 #endif
   target[0] = narrow(first);
   target[a.pair] = narrow(second);

@@ -31,6 +31,7 @@ constexpr int STAGE_BYTES = WEIGHT_BYTES + (RESIDENT ? 0 : X_BYTES + GAIN_ROOM);
 constexpr int MOST_STAGES = 16;
 constexpr int MOST_STEPS = 64;  // of DEPTH k, with x resident
 constexpr int SUMS = BLOCKS * TILES_N * 4 * 32;  // numbers in one warp's partial sum
+static_assert(SUMS / 2 <= WARPS * 32, "each thread finishes one pair of numbers at most");
 constexpr int BUFFERS = SUMS <= 128 ? 2 : 1;     // partial sums of two tiles, where there is room: one barrier less
 
 __device__ __forceinline__ void copy_weight(u32 target, const TensorMap* map, int row, int box, u32 barrier) {
@@ -164,8 +165,15 @@ extern "C" __global__ void __launch_bounds__((WARPS + 2) * 32, 1) stream_linear(
   // box of 64 k the 16-byte chunks 2 t and 2 t + 1: any order of k will do that is the same for both operands, and this
   // one meets no bank twice under the 128-byte swizzle.
   const int g = lane / 4, t = lane % 4;
+  // The pair of numbers that this thread finishes in each tile: column `mine` of x, row g + 8 b of both groups.
+  const int e = threadIdx.x / 32 % 2, n = threadIdx.x / 64 % TILES_N, b = threadIdx.x / 64 / TILES_N;
+  const int index = ((b * TILES_N + n) * 4 + e) * 32 + lane, mine = n * 8 + t * 2 + e;
+  const bool finishes = threadIdx.x < SUMS / 2 && mine < a.num_rows;
   int buffer = 0;
   for (int tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
+    const int row = tile_row(tile, ROWS, a.pair) + b * 8 + g;
+    Operands operands = {};
+    if (finishes) operands = load_operands(a, mine, row);
     float sums[BLOCKS][TILES_N][4] = {};
 #if NORM
     float square[TILES_N] = {};
@@ -227,12 +235,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + 2) * 32, 1) stream_linear(
     }
 #endif
     asm volatile("bar.sync 1, %0;" ::"n"(WARPS * 32) : "memory");
-    const int first_row = tile_row(tile, ROWS, a.pair);
-    for (int i = threadIdx.x; i < SUMS / 2; i += WARPS * 32) {
-      const int l = i % 32, e = i / 32 % 2, n = i / 64 % TILES_N, b = i / 64 / TILES_N;
-      const int m = n * 8 + l % 4 * 2 + e;
-      if (m >= a.num_rows) continue;
-      const int index = ((b * TILES_N + n) * 4 + e) * 32 + l;
+    if (finishes) {
       float first = 0, second = 0;
 #pragma unroll
       for (int w = 0; w < WARPS; w++) {
@@ -242,12 +245,12 @@ extern "C" __global__ void __launch_bounds__((WARPS + 2) * 32, 1) stream_linear(
 #if NORM
       float total = 0;
 #pragma unroll
-      for (int w = 0; w < WARPS; w++) total += squares[buffer][w][m];
+      for (int w = 0; w < WARPS; w++) total += squares[buffer][w][mine];
       const float scale = rsqrtf(total / a.num_inputs + a.eps);
       first *= scale;
       second *= scale;
 #endif
-      store_pair(a, m, first_row + b * 8 + l / 4, first, second);
+      store_pair(a, mine, row, first, second, operands);
     }
     if (BUFFERS == 2)
       buffer ^= 1;

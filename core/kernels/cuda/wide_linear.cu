@@ -186,7 +186,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 64, 1) wide_linear(
 #pragma unroll
       for (int e = 0; e < 2; e++) {
         const int m = n * 8 + lane % 4 * 2 + e;
-        if (m < a.num_rows) store_pair(a, m, first_row, sums[n * 4 + e], sums[n * 4 + e + 2]);
+        if (m < a.num_rows) store_pair(a, m, first_row, sums[n * 4 + e], sums[n * 4 + e + 2], load_operands(a, m, first_row));
       }
   }
 #if SPLIT > 1
@@ -209,7 +209,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 64, 1) wide_linear(
 #pragma unroll
       for (int e = 0; e < 2; e++) {
         const int m = n * 8 + lane % 4 * 2 + e;
-        if (m < a.num_rows) store_pair(a, m, first_row, total[e], total[e + 2]);
+        if (m < a.num_rows) store_pair(a, m, first_row, total[e], total[e + 2], load_operands(a, m, first_row));
       }
     }
   }

@@ -243,8 +243,12 @@ def decode_attention_kernel(
     ends = tl.cumsum(tiles, axis=0)
     num_tiles = tl.sum(tiles, axis=0)
     share = tl.maximum(tl.cdiv(num_tiles, num_workers), tl.maximum(tl.cdiv(tl.max(tiles, axis=0), MOST - 1), least))
-    tile = worker * share
+    tile = tl.minimum(worker * share, num_tiles)
     last = tl.minimum(tile + share, num_tiles)
+    if tl.cdiv(num_rows, num_workers) * tl.max(tiles, axis=0) * 8 <= share * 9:
+        # Whole sequences are shared out nearly as evenly, and nothing has to be added up: they go where they begin.
+        tile = tl.min(tl.where(ends - tiles >= tile, ends - tiles, num_tiles), axis=0)
+        last = tl.min(tl.where(ends - tiles >= last, ends - tiles, num_tiles), axis=0)
     head = tl.arange(0, HEADS)
     feature = tl.arange(0, SIZE)
     stored = (head < GROUP)[:, None] & (feature < HEAD_SIZE)[None, :]
