@@ -15,8 +15,10 @@ from torch import Tensor
 
 from plexor.batch import LayerCache
 from plexor.kernels.cuda.program import checked
+from plexor.kernels.tuning import Product
 
 STORE, ADD, GATED, ROTARY = range(4)
+_FUSED = ("linear_add", "norm_gated_linear", "norm_rotary_linear")
 BOX = 64
 """Numbers of half precision in the 128 bytes that the copy engine swizzles together."""
 
@@ -83,6 +85,13 @@ class Call:
     @property
     def num_rows(self) -> int:
         return self.x.shape[0]
+
+    @property
+    def product(self) -> Product:
+        """The op that is served, and its sizes."""
+        num_outputs, num_inputs = self.weight.shape
+        names = ("linear" if self.norm is None else "norm_linear", *_FUSED)
+        return Product(names[self.epilogue], num_outputs, num_inputs, str(self.weight.dtype).removeprefix("torch."))
 
     def lies_well(self) -> bool:
         """Whether the copy engine can take x and weight as they lie."""

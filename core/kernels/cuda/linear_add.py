@@ -7,15 +7,15 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from plexor.kernels.cuda.call import added
-from plexor.kernels.cuda.products import Products, few
+from plexor.kernels.cuda.products import Choose, Products, best_known, few
 from plexor.kernels.triton.linear_add import linear_add
 
 
 class LinearAdd:
     """As plexor.kernels.reference.linear_add, for one layer."""
 
-    def __init__(self) -> None:
-        self._products = Products()
+    def __init__(self, choose: Choose = best_known) -> None:
+        self._products = Products(choose)
 
     def __call__(self, x: Tensor, stored: Mapping[str, Tensor], residual: Tensor, bias: Tensor | None = None) -> Tensor:
         y = None

@@ -7,15 +7,15 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from plexor.kernels.cuda.call import Norm, product
-from plexor.kernels.cuda.products import Products, few
+from plexor.kernels.cuda.products import Choose, Products, best_known, few
 from plexor.kernels.triton.norm_linear import norm_linear
 
 
 class NormLinear:
     """As plexor.kernels.reference.norm_linear, for one layer."""
 
-    def __init__(self) -> None:
-        self._products = Products()
+    def __init__(self, choose: Choose = best_known) -> None:
+        self._products = Products(choose)
 
     def __call__(
         self, x: Tensor, gain: Tensor, eps: float, stored: Mapping[str, Tensor], bias: Tensor | None = None

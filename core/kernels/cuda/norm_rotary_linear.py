@@ -8,15 +8,15 @@ from torch import Tensor
 
 from plexor.batch import LayerCache
 from plexor.kernels.cuda.call import Norm, Rotation, rotated
-from plexor.kernels.cuda.products import Products, few
+from plexor.kernels.cuda.products import Choose, Products, best_known, few
 from plexor.kernels.triton.norm_rotary_linear import norm_rotary_linear
 
 
 class NormRotaryLinear:
     """As plexor.kernels.reference.norm_rotary_linear, for one layer."""
 
-    def __init__(self) -> None:
-        self._products = Products()
+    def __init__(self, choose: Choose = best_known) -> None:
+        self._products = Products(choose)
 
     def __call__(
         self,

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from plexor.kernels.cuda.call import BOX, Call, num_multiprocessors, tensor_map
+from plexor.kernels.cuda.choice import Stream
 from plexor.kernels.cuda.program import Program, load
 
-MAX_ROWS = 16
 _WARPS = 8
 _MOST_STAGES = 16
 _MOST_STEPS = 64
@@ -69,14 +69,10 @@ def _kilobytes(num_bytes: int) -> int:
     return -(-num_bytes // 1024) * 1024
 
 
-def variant_for(num_rows: int, num_outputs: int, num_inputs: int, pair: int | None) -> Variant:
-    """The quickest on an H200 for the layers of published models: bench/NOTES.md."""
-    narrow = num_outputs < 3072 and num_inputs >= 4096
-    blocks, depth = (1, 512) if narrow else (2, 256)
-    while num_outputs % (16 * blocks) or (pair or 8 * blocks) % (8 * blocks):
-        blocks //= 2
-    resident = num_rows == 1 and num_inputs <= depth * _MOST_STEPS
-    return Variant(8 if num_rows <= 8 else 16, blocks, depth, resident)
+def variant_for(cut: Stream, num_rows: int, num_inputs: int) -> Variant:
+    """What a cut means for so many rows; one row is kept, if its stages are not too many."""
+    resident = num_rows == 1 and num_inputs <= cut.depth * _MOST_STEPS
+    return Variant(8 if num_rows <= 8 else 16, cut.blocks, cut.depth, resident)
 
 
 class StreamLinear:
@@ -86,16 +82,11 @@ class StreamLinear:
         self._programs: dict[tuple[int, ...], Program] = {}
         self._weight_maps: dict[tuple[int, Variant, int], Any] = {}
 
-    def takes(self, call: Call) -> bool:
-        """Few rows, whose weight has whole tiles of 16 rows."""
-        num_outputs = call.weight.shape[0]
-        return 0 < call.num_rows <= MAX_ROWS and num_outputs % 16 == (call.pair or 8) % 8 == 0 and call.lies_well()
-
-    def launch(self, call: Call) -> None:
-        """Queue it on the current stream."""
+    def launch(self, call: Call, cut: Stream) -> None:
+        """Queue it on the current stream, cut in one of its possible ways."""
         x, weight, norm, arguments = call.x, call.weight, call.norm, call.arguments
         (num_rows, num_inputs), num_outputs = x.shape, weight.shape[0]
-        variant = variant_for(num_rows, num_outputs, num_inputs, call.pair)
+        variant = variant_for(cut, num_rows, num_inputs)
         pair = call.pair or 8 * variant.blocks
         stages, shared_bytes = variant.layout(num_rows, num_inputs, norm is not None)
         arguments.num_rows, arguments.num_inputs, arguments.num_outputs = num_rows, num_inputs, num_outputs

@@ -1,4 +1,4 @@
-"""Products of 17 to 128 rows on the tensor cores, over weights that stream through shared memory.
+"""Products of 17 to 256 rows on the tensor cores, over weights that stream through shared memory.
 
 The kernel, its picture and its terms are in wide_linear.cu. Norms come before it, as a kernel of their own.
 """
@@ -10,33 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plexor.kernels.cuda.call import BOX, GATED, Call, num_multiprocessors, tensor_map
+from plexor.kernels.cuda.call import BOX, Call, num_multiprocessors, tensor_map
+from plexor.kernels.cuda.choice import Wide
 from plexor.kernels.cuda.program import Program, load
 
-MAX_ROWS = 128
-"""The most rows that any layer is given to this kernel with: see `most_rows`."""
 _ROWS = 64
 _THREADS = 320
 _MOST_STAGES = 16
 _SHARED_BYTES = 226 * 1024
-
-
-def most_rows(epilogue: int, num_outputs: int) -> int:
-    """Beyond how many rows the library is faster, among the other kernels of a layer on an H200 (bench/NOTES.md).
-
-    The gate saves the library's product a kernel; layers of many outputs need no second block for each tile.
-    """
-    if epilogue == GATED:
-        return MAX_ROWS
-    return 64 if num_outputs >= 16384 else 32
-
-
-def split_for(num_outputs: int, num_blocks: int) -> int:
-    """Blocks that share a tile: two, where one each would leave half of the multiprocessors idle.
-
-    Four were slower on an H200 in nearly every layer: bench/NOTES.md.
-    """
-    return 2 if num_outputs // (2 * _ROWS) * 2 <= num_blocks else 1
 
 
 class WideLinear:
@@ -46,21 +27,12 @@ class WideLinear:
         self._programs: dict[tuple[int, ...], Program] = {}
         self._weight_maps: dict[tuple[int, int], Any] = {}
 
-    def takes(self, call: Call) -> bool:
-        """As many rows as pay, whose weight has whole tiles of 128 rows."""
-        num_outputs = call.weight.shape[0]
-        return (
-            0 < call.num_rows <= most_rows(call.epilogue, num_outputs)
-            and num_outputs % (2 * _ROWS) == (call.pair or _ROWS) % _ROWS == 0
-            and call.lies_well()
-        )
-
-    def launch(self, call: Call) -> None:
-        """Queue it on the current stream; call.norm must have been applied."""
+    def launch(self, call: Call, cut: Wide) -> None:
+        """Queue it on the current stream, cut in one of its possible ways; call.norm must have been applied."""
         x, weight, arguments = call.x, call.weight, call.arguments
         (num_rows, num_inputs), num_outputs = x.shape, weight.shape[0]
         columns = max(32, 1 << (num_rows - 1).bit_length())
-        split = split_for(num_outputs, num_multiprocessors(x))
+        split = cut.split
         stage_bytes = (2 * _ROWS + columns) * BOX * 2
         stages = min(_SHARED_BYTES // stage_bytes, _MOST_STAGES)
         pair = call.pair or _ROWS
