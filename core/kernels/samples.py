@@ -258,7 +258,7 @@ def attention_sample(
 
 def linear(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
     make = Maker(device, dtype, 6)
-    for rows, inputs, outputs in ((0, 16, 8), (1, 64, 48), (5, 33, 7), (40, 256, 96)):
+    for rows, inputs, outputs in ((0, 16, 8), (1, 64, 48), (5, 33, 7), (40, 256, 96), *whole_tiles(device)):
         args = (make.normal(rows, inputs), make.normal(outputs, inputs, scale=inputs**-0.5))
         sizes = (("in_features", inputs), ("out_features", outputs))
         yield Sample(f"{rows} rows, {inputs} to {outputs}", args, shape=sizes)
@@ -308,10 +308,42 @@ def normed_inputs(make: Maker) -> Iterable[tuple[str, Tensor, int]]:
         (9, 256, 32),
         (16, 72, 40),
         (17, 128, 32),
+        *whole_tiles(make.device),
     ):
         yield f"{rows} rows of {inputs}", make.normal(rows, inputs), outputs
     yield "2 rows of a wider tensor", make.normal(2, 100)[:, 10:74], 12
     yield "one row of zeros", make.normal(2, 48) * make.floats([0, 1])[:, None].to(make.dtype), 6
+
+
+def whole_tiles(device: torch.device) -> Sequence[tuple[int, int, int]]:
+    """(rows, input features, output features) for kernels that take inputs by 64 and outputs by 16 or 128.
+
+    On a GPU rows lie at both sides of 16, 64 and 128, and some products have more tiles than it has multiprocessors.
+    """
+    few = ((8, 192, 48), (33, 64, 128))
+    if device.type != "cuda":
+        return few  # what follows takes Triton's interpreter minutes
+    return (
+        *few,
+        (1, 320, 32),
+        (1, 4160, 1040),
+        (1, 64, 4304),
+        (2, 128, 4320),
+        (2, 16448, 48),
+        (7, 4160, 80),
+        (9, 64, 4304),
+        (16, 192, 64),
+        (16, 128, 8512),
+        (17, 192, 128),
+        (17, 64, 17152),
+        (40, 128, 8576),
+        (64, 320, 256),
+        (64, 64, 8576),
+        (65, 64, 128),
+        (100, 64, 8576),
+        (128, 192, 128),
+        (129, 64, 128),
+    )
 
 
 def drawn_layer(
@@ -337,12 +369,13 @@ def norm_rotary_linear(device: torch.device, dtype: torch.dtype) -> Iterable[Sam
             ("five tokens", [5, 4, 3, 2, 1], 64, 4, 1, 32, 32, False),
             ("sixteen tokens", [*range(8, 23), -1], 96, 3, 1, 16, 16, True),
             ("seventeen tokens", list(range(30, 47)), 64, 2, 2, 32, 32, False),
+            *wide_heads(device),
         ):
             outputs = (heads + 2 * kv_heads) * size
             stored, bias, sizes = drawn_layer(make, inputs, outputs, with_bias)
             cos, sin = rotation_tables(make, turning)
             positions = make.integers([(7 * token + 3) % 32 for token in range(len(slots))], torch.int64)
-            cache = filled_cache(make, 3, kv_heads, size, storage)
+            cache = filled_cache(make, 9, kv_heads, size, storage)
             x, gain = make.normal(len(slots), inputs), make.normal(inputs)
             where = (cos, sin, positions, make.integers(slots, torch.int64), cache)
             heads_sizes = (("num_heads", heads), ("num_kv_heads", kv_heads), ("head_size", size))
@@ -353,6 +386,25 @@ def norm_rotary_linear(device: torch.device, dtype: torch.dtype) -> Iterable[Sam
                 shape=(*sizes, *heads_sizes, ("rotary_size", turning)),
                 kv_dtype=name_of(storage),
             )
+
+
+def wide_heads(device: torch.device) -> Sequence[tuple[str, list[int], int, int, int, int, int, bool]]:
+    """More of what norm_rotary_linear is given, for kernels that take outputs by 128 with both halves of a head."""
+    few = (("eight tokens, heads of 64", [*range(40, 47), -1], 320, 3, 1, 64, 64, True),)
+    if device.type != "cuda":
+        return few  # what follows takes Triton's interpreter minutes
+    return (
+        *few,
+        ("one token, heads of 128", [143], 320, 2, 1, 128, 128, True),
+        ("more tiles than multiprocessors, heads of 128", [3, -1, 140], 64, 32, 1, 128, 128, False),
+        ("sixteen tokens, heads of 128", [*range(15, 0, -1), -1], 192, 2, 1, 128, 128, True),
+        ("seventeen tokens, heads of 128", [*range(31, 47), -1], 64, 2, 1, 128, 128, True),
+        ("64 tokens, heads of 128", [-1, *range(7, 70)], 192, 1, 1, 128, 128, False),
+        ("65 tokens, heads of 128", [*range(65)], 64, 2, 1, 128, 128, False),
+        ("100 tokens, 134 heads of 128", [*range(100)], 64, 130, 2, 128, 128, False),
+        ("128 tokens, heads of 128", [*range(130, 3, -1), -1], 128, 2, 3, 128, 128, True),
+        ("129 tokens, heads of 128", [*range(129)], 64, 2, 1, 128, 128, False),
+    )
 
 
 def grouped_linear(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
