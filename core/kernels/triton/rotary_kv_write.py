@@ -1,4 +1,8 @@
-"""Rotate queries and keys and store keys and values in one launch: a program takes some heads of one token."""
+"""Rotate queries and keys and store keys and values in one launch: a program takes the heads of one token.
+
+The heads are asked for first, and are on their way while the program waits for its position, and then for the row of
+the tables that the position names.
+"""
 
 from __future__ import annotations
 
@@ -11,52 +15,41 @@ from plexor.batch import LayerCache
 from plexor.kernels.triton.kv_write import saturated, storage_limit
 from plexor.kernels.triton.pdl import launch_next, overlaps, wait
 
-HEADS = 4
-"""Heads that a program turns; four times as many where there are many tokens: cosines are then looked up less often."""
-MANY_TOKENS = 512
+MOST_HEADS = 32
+"""Query heads of one program; a token with more of them is shared out between several."""
+
+NUMBERS = 96
+"""That a thread holds at most: a dozen loads of 16 bytes each are then under way."""
 
 
 @triton.jit
-def turn_heads(
-    source,
-    source_stride,
-    target,
-    head,
-    num_heads,
-    head_size,
-    cos,
-    sin,
-    half,
-    limit,
-    HALF: tl.constexpr,
-    REST: tl.constexpr,
-):
-    """Rotate the first 2 * half features of some heads and copy the rest, from source to target."""
-    source = source + head[:, None] * source_stride
-    target = target + head[:, None] * head_size
-    feature = tl.arange(0, HALF)[None, :]
-    inside = (head < num_heads)[:, None] & (feature < half)
-    first = tl.load(source + feature, mask=inside, other=0.0).to(tl.float32)
-    second = tl.load(source + half + feature, mask=inside, other=0.0).to(tl.float32)
-    turned_first = (first * cos - second * sin).to(source.dtype.element_ty).to(tl.float32)
-    turned_second = (second * cos + first * sin).to(source.dtype.element_ty).to(tl.float32)
-    tl.store(target + feature, saturated(turned_first, limit).to(target.dtype.element_ty), mask=inside)
-    tl.store(target + half + feature, saturated(turned_second, limit).to(target.dtype.element_ty), mask=inside)
-    if REST > 0:
-        rest = 2 * half + tl.arange(0, REST)[None, :]
-        inside = (head < num_heads)[:, None] & (rest < head_size)
-        passed = tl.load(source + rest, mask=inside, other=0.0).to(tl.float32)
-        tl.store(target + rest, saturated(passed, limit).to(target.dtype.element_ty), mask=inside)
+def places(head, num_heads, head_stride, first, end, WIDTH: tl.constexpr):
+    """Where features first to end of some heads lie, and which of the places exist."""
+    feature = first + tl.arange(0, WIDTH)
+    inside = (head < num_heads)[:, None] & (feature < end)[None, :]
+    return head[:, None] * head_stride + feature[None, :], inside
 
 
 @triton.jit
-def copy_heads(source, source_stride, target, head, num_heads, head_size, limit, SIZE: tl.constexpr):
-    """Store some heads as they are."""
-    feature = tl.arange(0, SIZE)[None, :]
-    inside = (head < num_heads)[:, None] & (feature < head_size)
-    value = tl.load(source + head[:, None] * source_stride + feature, mask=inside, other=0.0).to(tl.float32)
-    value = saturated(value, limit).to(target.dtype.element_ty)
-    tl.store(target + head[:, None] * head_size + feature, value, mask=inside)
+def load_heads(source, head, num_heads, head_stride, first, end, WIDTH: tl.constexpr):
+    """Features first to end of some heads."""
+    place, inside = places(head, num_heads, head_stride, first, end, WIDTH)
+    return tl.load(source + place, mask=inside, other=0.0)
+
+
+@triton.jit
+def store_heads(x, target, head, num_heads, head_size, first, end, kept, limit):
+    """Store load_heads' features in the target's dtype, if kept."""
+    place, inside = places(head, num_heads, head_size, first, end, x.shape[1])
+    x = saturated(x.to(tl.float32), limit).to(target.dtype.element_ty)
+    tl.store(target + place, x, mask=inside & kept)
+
+
+@triton.jit
+def turn(first, second, cos, sin):
+    """Both halves of what turns, rounded to the activations' dtype."""
+    a, b = first.to(tl.float32), second.to(tl.float32)
+    return (a * cos - b * sin).to(first.dtype), (b * cos + a * sin).to(first.dtype)
 
 
 @triton.jit
@@ -84,6 +77,7 @@ def rotary_kv_write_kernel(
     entry_stride,
     limit,
     HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
     HALF: tl.constexpr,
     REST: tl.constexpr,
     SIZE: tl.constexpr,
@@ -92,50 +86,42 @@ def rotary_kv_write_kernel(
     launch_next(PDL)
     wait(PDL)
     token = tl.program_id(0).to(tl.int64)
-    part = tl.program_id(1)
-    num_query_parts = tl.cdiv(num_heads, HEADS)
+    q += token * q_token_stride
+    k += token * k_token_stride
+    v += token * v_token_stride
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    kv_head = tl.program_id(1) * KV_HEADS + tl.arange(0, KV_HEADS)
+    q_first = load_heads(q, head, num_heads, q_head_stride, 0, half, HALF)
+    q_second = load_heads(q + half, head, num_heads, q_head_stride, 0, half, HALF)
+    k_first = load_heads(k, kv_head, num_kv_heads, k_head_stride, 0, half, HALF)
+    k_second = load_heads(k + half, kv_head, num_kv_heads, k_head_stride, 0, half, HALF)
+    value = load_heads(v, kv_head, num_kv_heads, v_head_stride, 0, head_size, SIZE)
+    if REST > 0:
+        q_rest = load_heads(q, head, num_heads, q_head_stride, 2 * half, head_size, REST)
+        k_rest = load_heads(k, kv_head, num_kv_heads, k_head_stride, 2 * half, head_size, REST)
+
+    # Moved up by the compiler, the wait for the position would keep the heads from being asked for.
+    tl.debug_barrier()
+    slot = tl.load(slots + token)
     feature = tl.arange(0, HALF)
     angle = tl.load(positions + token) * half + feature
     c = tl.load(cos + angle, mask=feature < half, other=0.0)[None, :]
     s = tl.load(sin + angle, mask=feature < half, other=0.0)[None, :]
-    if part < num_query_parts:
-        queries = part * HEADS + tl.arange(0, HEADS)
-        turn_heads(
-            q + token * q_token_stride,
-            q_head_stride,
-            out + token * num_heads * head_size,
-            queries,
-            num_heads,
-            head_size,
-            c,
-            s,
-            half,
-            float("inf"),
-            HALF,
-            REST,
-        )
-    else:
-        slot = tl.load(slots + token)
-        if slot >= 0:
-            head = (part - num_query_parts) * HEADS + tl.arange(0, HEADS)
-            entry = slot * entry_stride
-            turn_heads(
-                k + token * k_token_stride,
-                k_head_stride,
-                keys + entry,
-                head,
-                num_kv_heads,
-                head_size,
-                c,
-                s,
-                half,
-                limit,
-                HALF,
-                REST,
-            )
-            copy_heads(
-                v + token * v_token_stride, v_head_stride, values + entry, head, num_kv_heads, head_size, limit, SIZE
-            )
+
+    out += token * num_heads * head_size
+    q_first, q_second = turn(q_first, q_second, c, s)
+    store_heads(q_first, out, head, num_heads, head_size, 0, half, True, float("inf"))
+    store_heads(q_second, out + half, head, num_heads, head_size, 0, half, True, float("inf"))
+    keys += slot * entry_stride
+    values += slot * entry_stride
+    kept = slot >= 0
+    store_heads(value, values, kv_head, num_kv_heads, head_size, 0, head_size, kept, limit)
+    k_first, k_second = turn(k_first, k_second, c, s)
+    store_heads(k_first, keys, kv_head, num_kv_heads, head_size, 0, half, kept, limit)
+    store_heads(k_second, keys + half, kv_head, num_kv_heads, head_size, 0, half, kept, limit)
+    if REST > 0:
+        store_heads(q_rest, out, head, num_heads, head_size, 2 * half, head_size, True, float("inf"))
+        store_heads(k_rest, keys, kv_head, num_kv_heads, head_size, 2 * half, head_size, kept, limit)
 
 
 def rotary_kv_write(
@@ -148,10 +134,11 @@ def rotary_kv_write(
     if num_tokens == 0:
         return out
     rest = head_size - 2 * half
+    num_parts = triton.cdiv(num_heads, MOST_HEADS)
+    heads, kv_heads = (triton.next_power_of_2(triton.cdiv(number, num_parts)) for number in (num_heads, num_kv_heads))
+    size = triton.next_power_of_2(head_size)
     pdl = overlaps(q.device)
-    heads = HEADS if num_tokens < MANY_TOKENS else 4 * HEADS
-    grid = (num_tokens, triton.cdiv(num_heads, heads) + triton.cdiv(num_kv_heads, heads))
-    rotary_kv_write_kernel[grid](
+    rotary_kv_write_kernel[(num_tokens, num_parts)](
         q,
         k,
         v,
@@ -175,11 +162,12 @@ def rotary_kv_write(
         cache["keys"].stride(1),
         storage_limit(k.dtype, cache["keys"].dtype),
         HEADS=heads,
+        KV_HEADS=kv_heads,
         HALF=triton.next_power_of_2(half),
         REST=triton.next_power_of_2(rest) if rest else 0,
-        SIZE=triton.next_power_of_2(head_size),
+        SIZE=size,
         PDL=pdl,
         launch_pdl=pdl,
-        num_warps=2 if heads == HEADS else 4,
+        num_warps=triton.next_power_of_2(triton.cdiv((heads + 2 * kv_heads) * size, 32 * NUMBERS)),
     )
     return out
