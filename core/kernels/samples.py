@@ -320,7 +320,7 @@ def whole_tiles(device: torch.device) -> Sequence[tuple[int, int, int]]:
 
     On a GPU rows lie at both sides of 16, 64 and 128, and some products have more tiles than it has multiprocessors.
     """
-    few = ((8, 192, 48), (33, 64, 128))
+    few = ((8, 192, 48), (33, 192, 128))
     if device.type != "cuda":
         return few  # what follows takes Triton's interpreter minutes
     return (
@@ -334,15 +334,17 @@ def whole_tiles(device: torch.device) -> Sequence[tuple[int, int, int]]:
         (9, 64, 4304),
         (16, 192, 64),
         (16, 128, 8512),
+        (17, 64, 128),
         (17, 192, 128),
         (17, 64, 17152),
+        (32, 128, 256),
         (40, 128, 8576),
         (64, 320, 256),
-        (64, 64, 8576),
-        (65, 64, 128),
+        (64, 64, 16512),
+        (65, 128, 128),
         (100, 64, 8576),
         (128, 192, 128),
-        (129, 64, 128),
+        (129, 128, 128),
     )
 
 
@@ -398,10 +400,11 @@ def wide_heads(device: torch.device) -> Sequence[tuple[str, list[int], int, int,
         ("one token, heads of 128", [143], 320, 2, 1, 128, 128, True),
         ("more tiles than multiprocessors, heads of 128", [3, -1, 140], 64, 32, 1, 128, 128, False),
         ("sixteen tokens, heads of 128", [*range(15, 0, -1), -1], 192, 2, 1, 128, 128, True),
-        ("seventeen tokens, heads of 128", [*range(31, 47), -1], 64, 2, 1, 128, 128, True),
+        ("seventeen tokens, heads of 128", [*range(31, 47), -1], 192, 2, 1, 128, 128, True),
+        ("32 tokens, heads of 128", [-1, *range(7, 38)], 128, 1, 1, 128, 128, False),
+        ("60 tokens, 134 heads of 128", [*range(60)], 64, 130, 2, 128, 128, False),
         ("64 tokens, heads of 128", [-1, *range(7, 70)], 192, 1, 1, 128, 128, False),
         ("65 tokens, heads of 128", [*range(65)], 64, 2, 1, 128, 128, False),
-        ("100 tokens, 134 heads of 128", [*range(100)], 64, 130, 2, 128, 128, False),
         ("128 tokens, heads of 128", [*range(130, 3, -1), -1], 128, 2, 3, 128, 128, True),
         ("129 tokens, heads of 128", [*range(129)], 64, 2, 1, 128, 128, False),
     )

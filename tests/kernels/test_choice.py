@@ -37,6 +37,12 @@ def test_more_rows_take_tiles_of_128_or_the_library() -> None:
     assert possible(Product("linear", 6208, 4096, "bfloat16"), 64, None) == (None,)
 
 
+def test_blocks_that_share_a_tile_have_inputs_each() -> None:
+    """The second would add what it never multiplied."""
+    assert possible(Product("linear", 256, 64, "bfloat16"), 17, None) == (None, Wide(1))
+    assert Wide(2) in possible(Product("linear", 256, 128, "bfloat16"), 17, None)
+
+
 @pytest.mark.parametrize("outputs", [16, 48, 96, 2048, 6144, 28672])
 @pytest.mark.parametrize("inputs", [64, 4096])
 @pytest.mark.parametrize("op", ["linear", "norm_gated_linear"])

@@ -17,7 +17,7 @@ WIDE_ROWS = 256
 """The most rows that wide_linear takes."""
 
 _GROUP = 64
-"""Half of the weight rows of a tile of wide_linear."""
+"""Half of the weight rows of a tile of wide_linear, and the inputs that it takes at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,8 @@ def possible(product: Product, num_rows: int, pair: int | None) -> tuple[Cut, ..
         whole = [blocks for blocks in (2, 1) if num_outputs % (16 * blocks) == (pair or 8 * blocks) % (8 * blocks) == 0]
         return tuple(Stream(blocks, depth) for blocks, depth in every(whole, (256, 512)))
     if num_rows <= WIDE_ROWS and num_outputs % (2 * _GROUP) == (pair or _GROUP) % _GROUP == 0:
-        return (None, Wide(1), Wide(2))
+        # Blocks that share a tile share out its inputs, and none may go without.
+        return (None, Wide(1), Wide(2)) if product.inputs >= 2 * _GROUP else (None, Wide(1))
     return (None,)
 
 
