@@ -6,13 +6,15 @@ import os
 import random
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from plexor.benchmark.workloads import Workload
 from plexor.errors import PlexorError
 from plexor.runtime.engine import Completion, Engine
 from plexor.runtime.request import SamplingParams
+
+WARM_UP_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +55,9 @@ def run_once(engine: Engine, workload: Workload, repetition: int) -> Timing:
 
 
 def run_repeatedly(engine: Engine, workload: Workload, repeats: int) -> list[Timing]:
-    """A whole repetition that is not counted, for what is compiled and captured, and then the others."""
-    return [run_once(engine, workload, repetition) for repetition in range(repeats + 1)][1:]
+    """A repetition of short answers that is not counted, for what is compiled and captured, and then the others."""
+    run_once(engine, replace(workload, new_tokens=min(workload.new_tokens, WARM_UP_TOKENS)), 0)
+    return [run_once(engine, workload, repetition) for repetition in range(1, repeats + 1)]
 
 
 def median(timings: list[Timing]) -> Timing:

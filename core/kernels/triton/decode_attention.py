@@ -384,7 +384,7 @@ class DecodeAttention:
             scale * LOG2_E,
             0 if window is None else window,
             least,
-            ROWS=max(16, triton.next_power_of_2(num_rows)),
+            ROWS=padded(num_rows),
             GROUP=group,
             TILE=tuning.tile,
             BLOCK_SIZE=block_size,
@@ -414,6 +414,11 @@ class DecodeAttention:
         if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
             self._arrivals = arrivals
         return arrivals
+
+
+def padded(num_rows: int) -> int:
+    """Rows that a program looks at: few different numbers, because the kernel is compiled for each."""
+    return next(size for size in (16 << 2 * step for step in range(16)) if size >= num_rows)
 
 
 def num_multiprocessors(device: torch.device) -> int:
