@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from cuda.bindings import driver
 from torch import Tensor
 
 from plexor.batch import LayerCache
-from plexor.kernels.cuda.program import checked
 from plexor.kernels.tuning import Product
 
 STORE, ADD, GATED, ROTARY = range(4)
@@ -150,26 +147,6 @@ def rotated(x: Tensor, weight: Tensor, norm: Norm, bias: Tensor | None, rotation
     arguments.keys, arguments.values, arguments.entry_stride = keys.data_ptr(), values.data_ptr(), keys.stride(1)
     arguments.num_heads, arguments.num_kv_heads = num_heads, num_kv_heads
     return Call(x, weight, y, ROTARY, arguments, norm, size // 2, narrow)
-
-
-def tensor_map(tensor: Tensor, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]) -> Any:
-    """How the copy engine sees a tensor: sizes, innermost first; strides, in numbers, of all but the innermost."""
-    kinds = driver.CUtensorMapDataType
-    return checked(
-        driver.cuTensorMapEncodeTiled(
-            kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,  # of the same size as float16, and only copied
-            len(sizes),
-            tensor.data_ptr(),
-            [driver.cuuint64_t(size) for size in sizes],
-            [driver.cuuint64_t(2 * stride) for stride in strides],
-            [driver.cuuint32_t(size) for size in box],
-            [driver.cuuint32_t(1)] * len(sizes),
-            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
-            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_NONE,  # 256 bytes cost 8 % of the bandwidth
-            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-        )
-    )
 
 
 def num_multiprocessors(tensor: Tensor) -> int:

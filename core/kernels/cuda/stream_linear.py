@@ -7,72 +7,15 @@ The kernel, its picture and its terms are in stream_linear.cu. It multiplies wei
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from plexor.kernels.cuda.call import BOX, Call, num_multiprocessors, tensor_map
+from plexor.kernels.cuda.call import BOX, Call, num_multiprocessors
 from plexor.kernels.cuda.choice import Stream
-from plexor.kernels.cuda.program import Program, load
-
-_WARPS = 8
-_MOST_STAGES = 16
-_MOST_STEPS = 64
-# Of a multiprocessor's 228 KB: what is left lets the programs of an attention kernel start beside a product.
-_SHARED_BYTES = 184 * 1024
-
-
-@dataclass(frozen=True, slots=True)
-class Variant:
-    """How a product is cut.
-
-    columns: rows of x that fit. blocks: a tile has 16 * blocks weight rows. depth: k of a stage. resident: x and gains
-    are copied once, not with each stage.
-    """
-
-    columns: int
-    blocks: int
-    depth: int
-    resident: bool
-
-    @property
-    def boxes(self) -> int:
-        """Boxes of 64 k in a stage."""
-        return self.depth // BOX
-
-    def x_rows(self, num_rows: int) -> int:
-        """Rows of x that are copied: no more than there are, as powers of two, while x is resident."""
-        return 1 << (num_rows - 1).bit_length() if self.resident else self.columns
-
-    def layout(self, num_rows: int, num_inputs: int, norm: bool) -> tuple[int, int]:
-        """Stages of the ring, and bytes of shared memory."""
-        x_bytes = self.x_rows(num_rows) * self.depth * 2
-        gain_bytes = self.depth * 2 if norm else 0
-        steps = -(-num_inputs // self.depth)
-        stage = 32 * self.blocks * self.depth
-        resident = 0
-        if self.resident:
-            resident = _kilobytes(steps * (x_bytes + gain_bytes))
-        else:
-            stage += x_bytes + _kilobytes(gain_bytes)
-        sums = self.blocks * self.columns // 8 * 128
-        sum_bytes = 4 * _WARPS * ((2 if sums <= 128 else 1) * sums + 2 * self.columns)
-        # A block costs 1 KB of the multiprocessor's memory besides what it asks for, and its barriers another.
-        room = _SHARED_BYTES - 2048 - sum_bytes - resident
-        stages = min(room // stage, _MOST_STAGES)
-        return stages, stages * stage + resident + sum_bytes
-
-
-def _kilobytes(num_bytes: int) -> int:
-    return -(-num_bytes // 1024) * 1024
-
-
-def variant_for(cut: Stream, num_rows: int, num_inputs: int) -> Variant:
-    """What a cut means for so many rows; one row is kept, if its stages are not too many."""
-    resident = num_rows == 1 and num_inputs <= cut.depth * _MOST_STEPS
-    return Variant(8 if num_rows <= 8 else 16, cut.blocks, cut.depth, resident)
+from plexor.kernels.cuda.layout import STREAM_WARPS, Variant, variant_for
+from plexor.kernels.cuda.program import Program, load, tensor_map
 
 
 class StreamLinear:
@@ -114,7 +57,7 @@ class StreamLinear:
     def _program(self, defines: Mapping[str, int], shared_bytes: int) -> Program:
         key = (*defines.values(), shared_bytes)
         if key not in self._programs:
-            self._programs[key] = load("stream_linear", defines, (_WARPS + 2) * 32, shared_bytes)
+            self._programs[key] = load("stream_linear", defines, (STREAM_WARPS + 2) * 32, shared_bytes)
         return self._programs[key]
 
     def _weight_map(self, weight: Tensor, variant: Variant, pair: int) -> Any:

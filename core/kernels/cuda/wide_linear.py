@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plexor.kernels.cuda.call import BOX, Call, num_multiprocessors, tensor_map
+from plexor.kernels.cuda.call import BOX, Call, num_multiprocessors
 from plexor.kernels.cuda.choice import Wide
-from plexor.kernels.cuda.program import Program, load
+from plexor.kernels.cuda.layout import wide_layout
+from plexor.kernels.cuda.program import Program, load, tensor_map
 
 _ROWS = 64
 _THREADS = 320
-_MOST_STAGES = 16
-_SHARED_BYTES = 226 * 1024
 
 
 class WideLinear:
@@ -31,17 +30,15 @@ class WideLinear:
         """Queue it on the current stream, cut in one of its possible ways; call.norm must have been applied."""
         x, weight, arguments = call.x, call.weight, call.arguments
         (num_rows, num_inputs), num_outputs = x.shape, weight.shape[0]
-        columns = max(32, 1 << (num_rows - 1).bit_length())
+        columns, stages, shared_bytes = wide_layout(num_rows)
         split = cut.split
-        stage_bytes = (2 * _ROWS + columns) * BOX * 2
-        stages = min(_SHARED_BYTES // stage_bytes, _MOST_STAGES)
         pair = call.pair or _ROWS
         arguments.num_rows, arguments.num_inputs, arguments.num_outputs = num_rows, num_inputs, num_outputs
         arguments.pair, arguments.stages = pair, stages
         key = (columns, split, x.dtype == torch.float16, call.epilogue, call.narrow)
         if key not in self._programs:
             defines = dict(zip(("COLUMNS", "SPLIT", "HALF", "EPILOGUE", "NARROW"), key, strict=True))
-            self._programs[key] = load("wide_linear", defines, _THREADS, stages * stage_bytes, cluster=split)
+            self._programs[key] = load("wide_linear", defines, _THREADS, shared_bytes, cluster=split)
         x_map = tensor_map(x, (num_inputs, num_rows), (x.stride(0),), (BOX, columns))
         num_tiles = num_outputs // (2 * _ROWS)
         num_blocks = num_tiles * split if split > 1 else min(num_tiles, num_multiprocessors(x))
