@@ -62,6 +62,8 @@ def given(
         torch.full((num_rows,), min_p, device="cuda"),
         torch.arange(num_rows, device="cuda") * 1000003,
         torch.full((num_rows,), step, device="cuda"),
+        torch.arange(num_rows, device="cuda"),
+        torch.zeros(num_rows, dtype=torch.int64, device="cuda"),
     )
 
 

@@ -463,7 +463,7 @@ def sample(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
 
 
 def sampling_sample(make: Maker, name: str, logits: Tensor, rows: Sequence[tuple[float, int, float, float]]) -> Sample:
-    """A call of sample; rows: (temperature, top_k, top_p, min_p); seeds use all 64 bits."""
+    """A call of sample; rows: (temperature, top_k, top_p, min_p); seeds use all 64 bits; each third row has no slot."""
     temperature, top_k, top_p, min_p = ([row[column] for row in rows] for column in range(4))
     seeds = [0x9E3779B97F4A7C15 * (row + 1) % 2**64 - 2**63 for row in range(len(rows))]
     args = (
@@ -474,8 +474,10 @@ def sampling_sample(make: Maker, name: str, logits: Tensor, rows: Sequence[tuple
         make.floats(min_p),
         make.integers(seeds, torch.int64),
         make.integers([3 + row * 2**33 for row in range(len(rows))], torch.int64),
+        make.integers([-1 if row % 3 == 2 else len(rows) - row for row in range(len(rows))], torch.int64),
+        make.integers([-7] * (len(rows) + 1), torch.int64),
     )
-    return Sample(name, args, shape=(("vocab_size", logits.shape[1]),))
+    return Sample(name, args, written=(8,), shape=(("vocab_size", logits.shape[1]),))
 
 
 def advance(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:

@@ -120,9 +120,7 @@ class DecodeSteps:
         ctx = ForwardContext(state.one_row_pages(kv_length), cache_slots, None, self._cache)
         logits = self._model.logits(self._model.forward(Batch(token_ids, positions), ctx))
         settings = self._settings[:bucket]
-        ids = self._sampler.draw(logits, settings, steps)
-        state.record(slots, ids)
-        return DrawnRows(ids, logits, settings, steps)
+        return DrawnRows(self._sampler.draw(logits, settings, steps, slots), logits, settings, steps)
 
     def _capture(self, bucket: int) -> None:
         graph = torch.cuda.CUDAGraph()

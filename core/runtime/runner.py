@@ -61,8 +61,8 @@ class Runner:
         self._model = built.model
         self._device = build.device
         self._cache = cache
-        self._sampler = Sampler(build, num_slots, built.config.vocab_size)
         self._state = SlotState(build, num_slots, max_blocks, block_size)
+        self._sampler = Sampler(build, built.config.vocab_size, self._state.tokens)
         self._decodes = DecodeSteps(
             built.model, cache, self._state, self._sampler, buckets=buckets, reports=build.mesh.rank == 0
         )
@@ -150,8 +150,7 @@ class Runner:
         ctx = ForwardContext(pages, cache_slots, logit_rows, self._cache)
         batch = Batch(token_ids, positions, self._media_rows(step.media))
         logits = self._model.logits(self._model.forward(batch, ctx))
-        ids = self._sampler.draw(logits, settings, steps)
-        state.record(of_rows, ids)
+        ids = self._sampler.draw(logits, settings, steps, of_rows)
         state.begin(of_rows[num_decodes:], ends, steps[num_decodes:] + 1)
         return slots, DrawnRows(ids, logits, settings, steps)
 
@@ -161,9 +160,8 @@ class Runner:
         changed = self._sampler.changed_rows(slots)
         for start in range(0, len(changed), REDRAWN):
             some = changed[start : start + REDRAWN]
-            rows, slots_of_rows, again = self._sampler.redraw(drawn.logits, some, slots, drawn.settings, drawn.steps)
+            rows, again = self._sampler.redraw(drawn.logits, some, slots, drawn.settings, drawn.steps)
             ids = ids.index_copy(0, rows, again)
-            self._state.record(slots_of_rows, again)
         return ids, self._sampler.logprobs(drawn.logits, ids, slots)
 
     def _admit_media(self, slot: int, media: Sequence[SequenceMedia]) -> None:

@@ -56,10 +56,15 @@ class LogprobRows:
 
 
 class Sampler:
-    """Holds the settings of every slot and draws the tokens of a step."""
+    """Holds the settings of every slot and draws the tokens of a step.
 
-    def __init__(self, build: Build, num_slots: int, vocab_size: int) -> None:
+    tokens [N] int64: where each slot's last drawn token is kept.
+    """
+
+    def __init__(self, build: Build, vocab_size: int, tokens: Tensor) -> None:
+        num_slots = tokens.shape[0]
         self._device = build.device
+        self._tokens = tokens
         self._vocab_size = vocab_size
         self._num_slots = num_slots
         self._sample: Callable[..., Tensor] = build.bind("sample", vocab_size=vocab_size)
@@ -92,11 +97,13 @@ class Sampler:
         tables = (self._temperature, self._top_k, self._top_p, self._min_p, self._seeds)
         return [table[slots] for table in tables]
 
-    def draw(self, logits: Tensor, settings: Settings, steps: Tensor) -> Tensor:
-        """A token for each row: logits [R, V], steps [R] int64 (which token of its answer) -> ids [R] int64."""
-        return self._sample(
-            logits, settings.temperature, settings.top_k, settings.top_p, settings.min_p, settings.seeds, steps
-        )
+    def draw(self, logits: Tensor, settings: Settings, steps: Tensor, slots: Tensor) -> Tensor:
+        """A token for each row: logits [R, V], steps [R] int64 (which token of its answer) -> ids [R] int64.
+
+        They are also kept in the rows' slots [R] int64, -1 for padding.
+        """
+        chosen = (settings.temperature, settings.top_k, settings.top_p, settings.min_p, settings.seeds)
+        return self._sample(logits, *chosen, steps, slots, self._tokens)
 
     def changed_rows(self, slots: Sequence[int]) -> list[int]:
         """Rows to be drawn again by `redraw`."""
@@ -106,11 +113,11 @@ class Sampler:
 
     def redraw(
         self, logits: Tensor, rows: Sequence[int], slots: Sequence[int], settings: Settings, steps: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         """Draw rows [n] of the step again, from logits that are changed as they ask.
 
-        logits [R, V], slots [R], settings and steps [R] are the whole step's. Gives the rows' places [n], their slots
-        [n] and the drawn ids [n], on the device.
+        logits [R, V], slots [R], settings and steps [R] are the whole step's. Gives the rows' places [n] and the drawn
+        ids [n], on the device.
         """
         chosen = [slots[row] for row in rows]
         special = [self._special[slot] for slot in chosen]
@@ -123,12 +130,12 @@ class Sampler:
         bias_rows, bias_ids, bias, ban_rows, ban_ids = arrays[3:]
         adjusted[bias_rows, bias_ids] += bias
         adjusted[ban_rows, ban_ids] = float("-inf")
-        ids = self.draw(adjusted, settings[places], steps[places])
+        ids = self.draw(adjusted, settings[places], steps[places], places_of_slots)
         if self._history is not None:
             self._history.add(places_of_slots, ids)
         for one in special:
             one.num_drawn += 1
-        return places, places_of_slots, ids
+        return places, ids
 
     def logprobs(self, logits: Tensor, ids: Tensor, slots: Sequence[int]) -> LogprobRows | None:
         """Of the model's own distribution, before temperature, penalties and cuts; None where no row wants any."""

@@ -46,8 +46,8 @@ def send(arrays: Sequence[Array], device: torch.device) -> tuple[Tensor, list[Te
 class SlotState:
     """By slot, on the device: the last drawn token, cache entries, tokens drawn, and the block table.
 
-    tokens [N + 1] int64, lengths [N + 1] int32, steps [N + 1] int64, block_table [N + 1, W] int32; what padding rows
-    (slot -1) draw lands in the last row. row_table [N, W] int32: the block tables in the order of a step's sequences.
+    tokens [N] int64, lengths [N] int32, steps [N] int64, block_table [N, W] int32. row_table [N, W] int32: the block
+    tables in the order of a step's sequences.
     A sequence's tokens, lengths and steps are valid once a step has drawn for it; its blocks from the first step on.
     """
 
@@ -56,10 +56,10 @@ class SlotState:
         self.device = device
         self.num_slots = num_slots
         self.block_size = block_size
-        self.tokens = torch.zeros(num_slots + 1, dtype=torch.int64, device=device)
-        self.lengths = torch.zeros(num_slots + 1, dtype=torch.int32, device=device)
-        self.steps = torch.zeros(num_slots + 1, dtype=torch.int64, device=device)
-        self.block_table = torch.zeros(num_slots + 1, max_blocks, dtype=torch.int32, device=device)
+        self.tokens = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        self.lengths = torch.zeros(num_slots, dtype=torch.int32, device=device)
+        self.steps = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        self.block_table = torch.zeros(num_slots, max_blocks, dtype=torch.int32, device=device)
         self.row_table = torch.zeros(num_slots, max_blocks, dtype=torch.int32, device=device)
         self._starts = torch.arange(num_slots + 1, dtype=torch.int32, device=device)
         self._known = numpy.zeros((num_slots, max_blocks), dtype=numpy.int32)
@@ -101,10 +101,6 @@ class SlotState:
         """Where the entries of these positions of a sequence go."""
         blocks: NDArray[numpy.int64] = self._known[slot, positions // self.block_size].astype(numpy.int64)
         return blocks * self.block_size + positions % self.block_size
-
-    def record(self, slots: Tensor, ids: Tensor) -> None:
-        """Keep the drawn tokens [R] of slots [R]."""
-        self.tokens[slots] = ids
 
     def begin(self, slots: Tensor, lengths: Tensor, steps: Tensor) -> None:
         """State the entries and drawn tokens of sequences that go on by `advance` from the next step on."""

@@ -31,9 +31,15 @@ def draw(logits: Tensor, rows: list[tuple[float, int, float, float]], steps: lis
         torch.tensor(min_p),
         torch.arange(len(rows)) * 1000003 + 17,
         torch.tensor(steps or [0] * len(rows)),
+        *nowhere(len(rows)),
     )
     answer: list[int] = ids.tolist()
     return answer
+
+
+def nowhere(num_rows: int) -> tuple[Tensor, Tensor]:
+    """Slots and tokens of rows that keep nothing."""
+    return torch.full((num_rows,), -1), torch.zeros(0, dtype=torch.int64)
 
 
 def kept_by_hand(logits: list[float], row: tuple[float, int, float, float]) -> dict[int, float]:
@@ -61,9 +67,17 @@ def test_greedy_takes_the_lowest_of_the_largest() -> None:
     assert draw(logits, [greedy, (1.0, 0, 1.0, 0.0), greedy])[::2] == [1, 2]
 
 
+def test_each_slot_keeps_what_its_row_drew() -> None:
+    best = torch.tensor([3, 1, 0, 2])
+    zeros, tokens = torch.zeros(4), torch.full((6,), -5)
+    settings_of_rows = (zeros, zeros.int(), zeros + 1, zeros, zeros.long(), zeros.long())
+    sample(torch.eye(4)[best], *settings_of_rows, torch.tensor([5, -1, 0, 2]), tokens)
+    assert tokens.tolist() == [0, -5, 2, -5, -5, 3]
+
+
 def test_no_rows() -> None:
     empty = torch.zeros(0)
-    ids = sample(torch.zeros(0, 5), empty, empty.int(), empty, empty, empty.long(), empty.long())
+    ids = sample(torch.zeros(0, 5), empty, empty.int(), empty, empty, empty.long(), empty.long(), *nowhere(0))
     assert ids.shape == (0,)
     assert ids.dtype == torch.int64
 
@@ -107,5 +121,6 @@ def test_neighbours_do_not_matter(rows: list[tuple[tuple[float, int, float, floa
         torch.tensor([min_p]),
         torch.tensor([last * 1000003 + 17]),
         torch.tensor([steps[last]]),
+        *nowhere(1),
     )
     assert together[last] == alone.item()

@@ -37,6 +37,8 @@ def arguments(logits: Tensor, seed: int) -> tuple[Tensor, ...]:
         torch.tensor(min_p),
         torch.randint(-(2**62), 2**62, (logits.shape[0],), generator=generator),
         torch.arange(logits.shape[0]),
+        torch.arange(logits.shape[0]),
+        torch.zeros(logits.shape[0], dtype=torch.int64),
     )
 
 

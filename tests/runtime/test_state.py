@@ -54,15 +54,15 @@ def test_a_slot_taken_again_forgets_the_blocks_that_it_is_given_anew(state: Slot
     assert state.cache_slots(2, numpy.array([0, 5])).tolist() == [4, 9]
 
 
-def test_a_sequence_goes_on_from_what_was_recorded(state: SlotState) -> None:
+def test_a_sequence_goes_on_from_what_was_kept(state: SlotState) -> None:
     give(state, NewBlocks(2, 0, [3, 1]))
     slots = torch.tensor([2])
-    state.record(slots, torch.tensor([77]))
+    state.tokens[slots] = 77
     state.begin(slots, torch.tensor([4], dtype=torch.int32), torch.tensor([1]))
     rows = torch.tensor([2, -1])
     first = [part.tolist() for part in state.advance(rows)]
     assert first == [[77, 0], [4, 0], [4, -1], [5, 0], [1, 0]]
-    state.record(rows, torch.tensor([78, 99]))
+    state.tokens[slots] = 78
     second = [part.tolist() for part in state.advance(rows)]
     assert second == [[78, 0], [5, 0], [5, -1], [6, 0], [2, 0]]
     assert state.row_table[0, :2].tolist() == [3, 1]

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from plexor.kernels.reference.sample import choose, least_of_top_p
+from plexor.kernels.reference.sample import choose, keep, least_of_top_p
 
 CANDIDATES = 256
 
 
 def sample(
-    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seeds: Tensor, steps: Tensor
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seeds: Tensor,
+    steps: Tensor,
+    slots: Tensor,
+    tokens: Tensor,
 ) -> Tensor:
     """As plexor.kernels.reference.sample."""
-    return choose(logits, temperature, top_k, top_p, min_p, seeds, steps, least_of_top_p_nearby)
+    return keep(choose(logits, temperature, top_k, top_p, min_p, seeds, steps, least_of_top_p_nearby), slots, tokens)
 
 
 def least_of_top_p_nearby(logits: Tensor, weight: Tensor, top_p: Tensor) -> Tensor:

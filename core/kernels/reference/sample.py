@@ -11,7 +11,15 @@ from plexor.kernels.random import uniform
 
 
 def sample(
-    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seeds: Tensor, steps: Tensor
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seeds: Tensor,
+    steps: Tensor,
+    slots: Tensor,
+    tokens: Tensor,
 ) -> Tensor:
     """Choose from logits [R, V], of any float dtype and widened to float32 -> ids [R] int64; other arguments are [R].
 
@@ -24,8 +32,17 @@ def sample(
     One number u in [0, 1) is drawn from seeds and steps (int64) alone; the answer is the first index at which the
     cumulated mass of the kept tokens, in vocabulary order, exceeds u times the whole kept mass. A logit of -inf has
     no mass; each row needs one finite logit. Masses are summed in float64.
+
+    Written: ids[r] to tokens [N] int64 at slots[r] int64, where that is not -1; no slot is named twice.
     """
-    return choose(logits, temperature, top_k, top_p, min_p, seeds, steps, least_of_top_p)
+    return keep(choose(logits, temperature, top_k, top_p, min_p, seeds, steps, least_of_top_p), slots, tokens)
+
+
+def keep(ids: Tensor, slots: Tensor, tokens: Tensor) -> Tensor:
+    """The ids [R], once `sample` has written them to their slots."""
+    used = slots >= 0
+    tokens[slots[used]] = ids[used]
+    return ids
 
 
 def choose(
@@ -38,7 +55,7 @@ def choose(
     steps: Tensor,
     find_least_of_top_p: Callable[[Tensor, Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """`sample` with a way to find what `least_of_top_p` finds; what no row asks for costs nothing."""
+    """What `sample` draws, with a way to find what `least_of_top_p` finds; what no row asks for costs nothing."""
     drawn = (temperature > 0).nonzero().squeeze(1)
     ids = logits.argmax(dim=-1)
     if drawn.numel() == 0:

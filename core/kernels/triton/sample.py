@@ -317,6 +317,13 @@ def uniform(seed, step):
 
 
 @triton.jit
+def store_id(ids, tokens, index, slot, token):
+    """A row's answer, also where its slot keeps it; -1 is none."""
+    tl.store(ids + index, token.to(tl.int64))
+    tl.store(tokens + slot, token.to(tl.int64), mask=slot >= 0)
+
+
+@triton.jit
 def draw_kernel(
     logits,
     temperature,
@@ -325,6 +332,8 @@ def draw_kernel(
     min_p,
     seeds,
     steps,
+    slots,
+    tokens_by_slot,
     ids,
     largest,
     smallest,
@@ -354,8 +363,10 @@ def draw_kernel(
     index = tl.program_id(1).to(tl.int64)
     heat = tl.load(temperature + index)
     best, choice, density = load_extremes(largest, smallest, places, index, num_chunks, BINS, CHUNKS)
+    home = tl.load(slots + index)
     if heat <= 0.0:
-        tl.store(ids + index, choice.to(tl.int64), mask=chunk == 0)
+        if chunk == 0:
+            store_id(ids, tokens_by_slot, index, home, choice)
         return
     row = logits + index * logits_stride
     frame = (best, density, heat)
@@ -421,7 +432,7 @@ def draw_kernel(
         passed += tl.sum(kept)
         start += WIDTH
     # Only a row of NaN has no mass at all.
-    tl.store(ids + index, tl.where(found == vocabulary, choice, found).to(tl.int64))
+    store_id(ids, tokens_by_slot, index, home, tl.where(found == vocabulary, choice, found))
 
 
 @dataclass(frozen=True, slots=True)
@@ -476,6 +487,8 @@ class Draw:
         min_p: Tensor,
         seeds: Tensor,
         steps: Tensor,
+        slots: Tensor,
+        tokens: Tensor,
     ) -> Tensor:
         num_rows, vocabulary = logits.shape
         ids = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
@@ -530,6 +543,8 @@ class Draw:
             min_p,
             seeds,
             steps,
+            slots,
+            tokens,
             ids,
             *extremes,
             scratch.counts,
