@@ -53,7 +53,7 @@ class Pages:
     num_decodes: the first so many sequences have one row each. prefills: the sequences after those, for providers that
     launch something for each. A maker that leaves both out promises nothing about any sequence.
     The tensors are complete before the kernels of the first layer start: a kernel may read them before it waits for the
-    one that runs before it (plexor.kernels.triton.pdl).
+    one that runs before it, as plexor.kernels.triton.pdl says.
     memo: what a provider derives from the rest once, for all layers of the step; each uses keys of its own.
     """
 

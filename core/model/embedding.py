@@ -37,7 +37,7 @@ class VocabEmbedding(nn.Module):
             self.weight[: len(self._rows)].copy_(view.read_as(self.weight.dtype, rows))
 
     def forward(self, token_ids: Tensor) -> Tensor:
-        """[T] int64 -> [T, H]"""
+        """[T] int64 -> [T, H], by a kernel that starts when all before it are complete (plexor.kernels.triton.pdl)."""
         if self._mesh.size == 1:
             return nn.functional.embedding(token_ids, self.weight)
         local = token_ids - self._rows.start

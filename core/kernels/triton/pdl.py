@@ -4,6 +4,12 @@ A kernel launched so (`launch_pdl=True`) calls `launch_next` as soon as the next
 reads what an earlier kernel wrote or writes what an earlier one may still read. Every program waits, those that have
 nothing to do too, so that "the one before is complete" also holds for all before that. Triton's interpreter knows
 neither instruction: PDL is then False.
+
+Before `wait` a kernel reads only what nothing writes while the model runs, such as weights, and what was complete when
+the last kernel launched in the ordinary way began: such a kernel begins after all before it, while kernels launched
+early may run ahead of one another by several. The layers read a step's tables (plexor.batch.Pages) that soon, so
+between `advance`, which writes them, and the first layer lies a kernel launched in the ordinary way: the lookup of the
+embeddings, which is torch's (plexor.model.embedding).
 """
 
 from __future__ import annotations
