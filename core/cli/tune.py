@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,17 +13,7 @@ from plexor.errors import ConfigError
 from plexor.extension.catalog import Catalog
 
 if TYPE_CHECKING:
-    from plexor.kernels.table import Choice
-    from plexor.kernels.tuning import Product
-
-PRODUCTS = {
-    "linear": "linear",
-    "norm_linear": "linear",
-    "linear_add": "linear",
-    "norm_rotary_linear": "linear",
-    "norm_gated_linear": "gated_linear",
-}
-"""The measured product that each op's kernels multiply with."""
+    from plexor.kernels.tuning import Choice
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,43 +39,35 @@ def run(arguments: argparse.Namespace, catalog: Catalog) -> int:
 
 
 def tune(config: EngineConfig, catalog: Catalog) -> int:
-    """Measure every dense layer of the model and merge the choices into the user's file for this GPU."""
+    """Measure every product of the model that has variants, and merge the choices into the user's file for this GPU."""
     import torch
 
     from plexor.kernels import tuning
-    from plexor.kernels.measure import ROWS, measure
-    from plexor.runtime.ledger import make_plan
-    from plexor.runtime.prompts import find_folder
 
-    products = products_of(make_plan(config, catalog, find_folder(config, catalog)).choices)
-    if not products:
-        raise ConfigError(
-            f"precision {config.precision} multiplies no layer of this model in bfloat16 or float16: choose another one"
-        )
+    choices = measure(config, catalog)
     path = tuning.user_folder() / tuning.file_name(torch.cuda.get_device_name())
-    measured: dict[str, dict[int, tuning.Choice]] = {}
-    for timing in measure(products, ROWS, torch.device("cuda")):
-        measured.setdefault(str(timing.product), {})[timing.num_rows] = timing.choice
-        fastest = min(timing.library, timing.variants[timing.best])
-        print(
-            f"{timing.product}, {timing.num_rows} rows: library {timing.library * 1e6:.1f} us, best variant "
-            f"{timing.variants[timing.best] * 1e6:.1f} us; {timing.bandwidth(fastest) / 1e12:.2f} TB/s",
-            flush=True,
-        )
-    tuning.write_choices(path, measured)
-    print(f"remembered {len(measured)} layers in {path}")
+    tuning.write_choices(path, choices)
+    print(f"remembered {len(choices)} products in {path}")
     return 0
 
 
-def products_of(choices: Iterable[Choice]) -> tuple[Product, ...]:
-    """Each size of a dense product in half precision among the ops that a model binds, once."""
-    from plexor.kernels.tuning import Product
+def measure(config: EngineConfig, catalog: Catalog) -> dict[str, dict[int, Choice]]:
+    """The quickest choices for the model's products, each printed as it is found; ConfigError if it has none."""
+    import torch
 
-    found = {
-        Product(PRODUCTS[choice.op], shape["out_features"], shape["in_features"], choice.facts.dtype): None
-        for choice in choices
-        if choice.op in PRODUCTS and choice.facts.dtype in ("bfloat16", "float16")
-        for shape in [choice.facts.shape]
-        if shape["in_features"] % 8 == 0
-    }
-    return tuple(found)
+    from plexor.kernels.measure import ROWS, chains_of, choices_of, tune
+    from plexor.runtime.ledger import make_plan
+    from plexor.runtime.prompts import find_folder
+
+    chains = chains_of(make_plan(config, catalog, find_folder(config, catalog)).choices)
+    if not chains:
+        raise ConfigError(
+            f"precision {config.precision} multiplies no layer of this model with kernels that have variants to "
+            "measure: they serve bfloat16 and float16 on GPUs of compute capability 9.0"
+        )
+    results = []
+    for chain in chains:
+        for tuned in tune(chain, ROWS, torch.device("cuda", torch.cuda.current_device())):
+            print(tuned, flush=True)
+            results.append(tuned)
+    return choices_of(results)

@@ -1,217 +1,268 @@
-"""Time the variants of products on this GPU: what `plexor tune` writes down and bench/linear.py prints.
+"""Find the quickest cut of each product on this GPU: what `plexor tune` and bench/linear.py write down.
 
-Launches are timed in CUDA graphs, one after another as in a decode step, over copies of the weight that together do
-not fit the cache. Every variant is first held to the product in float64.
+Products are timed in a chain, as in a decode step, where each begins while the one before it ends: alone they mislead.
+
+    layer 1: qkv  o  gate_up  down     layer 2: qkv  o  gate_up  down     ...     one CUDA graph
+
+A chain has so many layers that their weights do not fit the cache. One product's cut at a time is changed in all of
+them, and the quickest kept. Attention is left out. Every cut's results are first compared with the op's reference.
 """
 
 from __future__ import annotations
 
-import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
-from itertools import product as iterate
+from copy import deepcopy
+from dataclasses import dataclass
+from itertools import product as every
+from typing import Any
 
 import torch
-import triton
 from torch import Tensor
-from torch.nn import functional
 
-from plexor.kernels.triton.silu_mul import silu_mul
-from plexor.kernels.triton.split_linear import Split, compile_ahead, split_gated_linear, split_linear
-from plexor.kernels.tuning import Choice, Product
+from plexor.errors import PlexorError
+from plexor.extension import builtin
+from plexor.kernels import table, tuning
+from plexor.kernels.cuda.choice import Cut, as_choice, possible, rule
+from plexor.kernels.table import resolve
+from plexor.kernels.tuning import Product
 
-ROWS = (16, 24, 32, 48, 64, 96, 128, 192, 256)
-"""Numbers of rows that are measured."""
+ROWS = (1, 8, 16, 32, 64, 128, 256)
+"""Numbers of rows that are measured; those between take the choice of the next larger one."""
 
-GRAPH_BYTES = 1 << 30
-COLD_BYTES = 1 << 28
-"""A graph reads this much, over copies of the weight that take this much."""
+PROVIDER = "cuda"
+CHAIN_BYTES = 800_000_000
+"""Of weights, many times what the second-level cache holds."""
 
-TILES = ((64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 64, 8), (128, 128, 8), (256, 64, 8))
-"""Outputs, inputs and warps of a program."""
+MOST_COPIES = 256
+"""Of the layers: a chain of smaller ones would take longest to launch."""
 
-MEMORY_RATE, CACHE_RATE, PROCESSOR_RATE, PRODUCT_RATE = 4.5e12, 6e12, 6e10, 6e14
-"""Rough bytes a second from memory, from the cache to all processors and to one, and operations a second."""
+MARGIN = 0.998
+"""A chain must take at most this part of the time for a change to be kept, or it may be noise."""
 
-MOST_CANDIDATES = 12
-MOST_OF_A_TILE = 3
+LARGEST_ERROR = 1e-2
+"""Of the whole: several times what roundings to bfloat16 make of it, and less than one wrong tile does."""
+
 REPLAYS = 9
-SHARED_BYTES = 226 * 1024
 NUM_COMPILERS = 16
-MARGIN = 0.99
-"""A variant must be this much faster than the library, or its figure may be noise."""
+EPS = 1e-5
 
-Multiply = Callable[[Tensor, Tensor], Tensor]
+Multiply = Callable[..., Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Timing:
-    """Of one product for one number of rows. library and variants: seconds of a launch; others: by name."""
+class Layer:
+    """A product, and the heads that norm_rotary_linear makes of it and stores in kv_dtype."""
 
     product: Product
+    head_size: int = 0
+    num_kv_heads: int = 0
+    kv_dtype: str = ""
+
+    @property
+    def pair(self) -> int | None:
+        """Distance of the weight rows that belong together."""
+        pairs = {"norm_gated_linear": self.product.outputs // 2, "norm_rotary_linear": self.head_size // 2}
+        return pairs.get(self.product.op)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.product.outputs * self.product.inputs * _dtype(self.product.dtype).itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    """The cuts that were found for a chain's layers, and its seconds by the rules and with them."""
+
+    layers: tuple[Layer, ...]
     num_rows: int
-    library: float
-    variants: dict[Split, float]
-    others: dict[str, float]
+    cuts: tuple[Cut, ...]
+    before: float
+    after: float
 
-    @property
-    def best(self) -> Split:
-        return min(self.variants, key=self.variants.__getitem__)
-
-    @property
-    def choice(self) -> Choice:
-        """What a table says for these rows."""
-        return asdict(self.best) if self.variants[self.best] < MARGIN * self.library else None
-
-    def bandwidth(self, seconds: float) -> float:
-        """Bytes of the weight for each second."""
-        return 2 * self.product.outputs * self.product.inputs / seconds
+    def __str__(self) -> str:
+        cuts = ", ".join(
+            f"{layer.product} {'library' if cut is None else cut}"
+            for layer, cut in zip(self.layers, self.cuts, strict=True)
+        )
+        return f"{self.num_rows} rows: {self.before * 1e6:.1f} us by the rules, {self.after * 1e6:.1f} us with {cuts}"
 
 
-def is_gated(product: Product) -> bool:
-    return product.op == "gated_linear"
+def chains_of(choices: Iterable[table.Choice]) -> tuple[tuple[Layer, ...], ...]:
+    """The layers among the choices of a model's plan that kernels with variants serve: in one chain those that do more
+    than multiply, in the order of the first layer, and each other product, such as the head's, in one of its own.
+    """
+    found = {
+        _layer(choice): None
+        for choice in choices
+        if choice.winner == PROVIDER and choice.op in _providers() and _turns_whole_heads(choice)
+    }
+    fused = tuple(layer for layer in found if layer.product.op != "linear")
+    sizes = {(layer.product.outputs, layer.product.inputs) for layer in fused}
+    alone = [layer for layer in found if (layer.product.outputs, layer.product.inputs) not in sizes]
+    return tuple(chain for chain in (fused, *((layer,) for layer in alone)) if chain)
 
 
-def measure(
-    products: Sequence[Product], rows: Sequence[int], device: torch.device, others: dict[str, Multiply] | None = None
-) -> Iterator[Timing]:
-    """A timing for each product and number of rows. others: by name, what else is timed on products of op "linear"."""
-    compile_variants(products, rows, device)
-    for product in products:
-        weights = make_weights(product, device)
-        x = torch.randn(max(rows), product.inputs, dtype=weights[0].dtype, device=device)
-        exact = exact_product(product, x, weights[0])
-        for num_rows in rows:
-            yield time_rows(product, x[:num_rows], weights, exact[:num_rows], {} if is_gated(product) else others or {})
-        del weights, x, exact
-        torch.cuda.empty_cache()
-
-
-def time_rows(
-    product: Product, x: Tensor, weights: Sequence[Tensor], exact: Tensor, others: dict[str, Multiply]
-) -> Timing:
-    """The library and each variant on one number of rows; AssertionError where one is wrong."""
-    variants = {split: variant(product, split) for split in candidates(product, x.shape[0], num_processors(x.device))}
-    for multiply in (*variants.values(), *others.values()):
-        check(product, multiply(x, weights[0]), exact)
-    return Timing(
-        product,
-        x.shape[0],
-        time_launch(gated_by_library if is_gated(product) else functional.linear, x, weights),
-        {split: time_launch(multiply, x, weights) for split, multiply in variants.items()},
-        {name: time_launch(multiply, x, weights) for name, multiply in others.items()},
+def _layer(choice: table.Choice) -> Layer:
+    shape = choice.facts.shape
+    return Layer(
+        Product(choice.op, shape["out_features"], shape["in_features"], choice.facts.dtype),
+        shape.get("head_size", 0),
+        shape.get("num_kv_heads", 0),
+        choice.facts.kv_dtype or "",
     )
 
 
-def gated_by_library(x: Tensor, weight: Tensor) -> Tensor:
-    return silu_mul(functional.linear(x, weight))
+def _turns_whole_heads(choice: table.Choice) -> bool:
+    shape = choice.facts.shape
+    return shape.get("rotary_size") == shape.get("head_size")
 
 
-def variant(product: Product, split: Split) -> Multiply:
-    if is_gated(product):
-        return lambda x, weight: split_gated_linear(x, weight, None, split)
-    return lambda x, weight: split_linear(x, weight, None, None, split)
+def tune(layers: Sequence[Layer], rows: Sequence[int], device: torch.device) -> Iterator[Tuned]:
+    """The quickest cuts of a chain for each number of rows; PlexorError where a kernel multiplies wrongly."""
+    check_all(layers, rows, device)
+    num_copies = min(-(-CHAIN_BYTES // sum(layer.num_bytes for layer in layers)), MOST_COPIES)
+    weights = [[draw(layer, device) for layer in layers] for _ in range(num_copies)]
+    num_multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    for num_rows in rows:
+        operands = [Operands(layer, num_rows, device) for layer in layers]
+
+        def seconds(cuts: Sequence[Cut], operands: Sequence[Operands] = operands) -> float:
+            return time_chain(operands, weights, cuts)
+
+        start = tuple(rule(layer.product, num_rows, layer.pair, num_multiprocessors) for layer in layers)
+        options = [possible(layer.product, num_rows, layer.pair) for layer in layers]
+        yield Tuned(tuple(layers), num_rows, *descend(start, options, seconds))
 
 
-def num_processors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+def choices_of(results: Iterable[Tuned]) -> dict[str, dict[int, tuning.Choice]]:
+    """As a table of measured choices holds them."""
+    choices: dict[str, dict[int, tuning.Choice]] = {}
+    for result in results:
+        for layer, cut in zip(result.layers, result.cuts, strict=True):
+            choices.setdefault(str(layer.product), {})[result.num_rows] = as_choice(cut)
+    return choices
 
 
-def candidates(product: Product, num_rows: int, processors: int) -> list[Split]:
-    """The variants that ought to be fastest, of several kinds of tiles, each as deep as shared memory allows."""
-    gated = is_gated(product)
-    padded = max(16, triton.next_power_of_2(num_rows))
-    estimates: dict[Split, float] = {}
-    for rows in sorted({min(padded, 128), min(padded, 256)}):
-        for outputs, inputs, warps in TILES:
-            tile_outputs = outputs * (2 if gated else 1)
-            if tile_outputs * rows > 128 * 32 * warps:
-                continue  # more sums than registers
-            for resident, splits in iterate((1, 2, 3), range(1, 9)):
-                stages = min(8, (SHARED_BYTES // resident - 1024) // (2 * inputs * (rows + tile_outputs)))
-                if stages >= 3 and (splits == 1 or product.inputs // inputs // splits >= stages):
-                    split = Split(rows, outputs, inputs, splits, warps, stages)
-                    seconds = estimate(product, num_rows, split, resident, processors)
-                    estimates[split] = min(seconds, estimates.get(split, seconds))
-    chosen: list[Split] = []
-    for split in sorted(estimates, key=estimates.__getitem__):
-        alike = [other for other in chosen if replace(other, splits=0, stages=0) == replace(split, splits=0, stages=0)]
-        if len(alike) < MOST_OF_A_TILE and len(chosen) < MOST_CANDIDATES:
-            chosen.append(split)
-    return chosen
+def descend(
+    start: tuple[Cut, ...], options: Sequence[Sequence[Cut]], seconds: Callable[[tuple[Cut, ...]], float]
+) -> tuple[tuple[Cut, ...], float, float]:
+    """The quickest cuts found by changing one after the other, once; the seconds of the start and of them."""
+    best = start
+    before = after = seconds(start)
+    for place, cuts in enumerate(options):
+        for cut in cuts:
+            trial = (*best[:place], cut, *best[place + 1 :])
+            if cut != start[place] and (taken := seconds(trial)) < MARGIN * after:
+                best, after = trial, taken
+    return best, before, after
 
 
-def estimate(product: Product, num_rows: int, split: Split, resident: int, processors: int) -> float:
-    """About how many seconds a variant takes, to leave out those that cannot be the fastest."""
-    outputs = product.outputs // 2 if is_gated(product) else product.outputs
-    num_row_tiles = -(-num_rows // split.rows)
-    num_tiles = -(-outputs // split.outputs) * num_row_tiles
-    weight = 2 * product.outputs * product.inputs
-    x = num_tiles * 2 * split.rows * product.inputs
-    parts = 0 if split.splits == 1 else 8 * num_rows * product.outputs * split.splits
-    reading = max(weight / MEMORY_RATE, (weight * num_row_tiles + x + parts) / CACHE_RATE)
-    multiplying = 2 * num_row_tiles * split.rows * product.outputs * product.inputs / PRODUCT_RATE
-    # Programs share the memory, so an uneven rest costs less than its share.
-    programs = num_tiles * split.splits / processors
-    unevenness = 1 + 0.5 * (math.ceil(programs / resident) * resident / programs - 1)
-    tile = 4 * split.outputs * split.rows * (product.outputs // outputs)
-    ending = split.splits * tile / PROCESSOR_RATE if split.splits > 1 else 0.0
-    return max(reading, multiplying) * unevenness + ending
+class Operands:
+    """What an op is given besides its weight, for so many rows."""
+
+    def __init__(self, layer: Layer, num_rows: int, device: torch.device) -> None:
+        self.layer = layer
+        product, dtype = layer.product, _dtype(layer.product.dtype)
+        self.x = torch.randn(num_rows, product.inputs, device=device).to(dtype)
+        self.cache: dict[str, Tensor] = {}
+        self._others: tuple[Any, ...] = ()
+        if product.op == "linear_add":
+            self._others = (torch.randn(num_rows, product.outputs, device=device).to(dtype),)
+        if product.op == "norm_rotary_linear":
+            angle = torch.rand(num_rows, layer.head_size // 2, device=device) * 6
+            place = torch.arange(num_rows, device=device)
+            entries = (1, num_rows, layer.num_kv_heads, layer.head_size)
+            for part in ("keys", "values"):
+                self.cache[part] = torch.zeros(entries, dtype=_dtype(layer.kv_dtype), device=device)
+            self._others = (angle.cos(), angle.sin(), place, place, self.cache)
+        self._norm = ((1 + 0.1 * torch.randn(product.inputs, device=device)).to(dtype), EPS)
+
+    def call(self, multiply: Multiply, weight: Tensor) -> Tensor:
+        """The op's result; a residual is given up to it."""
+        op = self.layer.product.op
+        if op == "linear":
+            return multiply(self.x, weight)
+        norm = self._norm if op.startswith("norm") else ()
+        return multiply(self.x, *norm, {"weight": weight}, *self._others)
 
 
-def compile_variants(products: Sequence[Product], rows: Sequence[int], device: torch.device) -> None:
-    """Compile everything that will be measured, in several threads; what is compiled is kept on disk."""
-    with ThreadPoolExecutor(NUM_COMPILERS) as executor, triton.AsyncCompileMode(executor):
-        for product in products:
-            dtype = getattr(torch, product.dtype)
-            weight = torch.empty(product.outputs, product.inputs, dtype=dtype, device=device)
-            for num_rows in rows:
-                x = torch.empty(num_rows, product.inputs, dtype=dtype, device=device)
-                for split in candidates(product, num_rows, num_processors(device)):
-                    compile_ahead(x, weight, split, is_gated(product))
-
-
-def make_weights(product: Product, device: torch.device) -> list[Tensor]:
-    """Random copies that together do not fit the cache."""
-    size = 2 * product.outputs * product.inputs
-    weights = [
-        torch.randn(product.outputs, product.inputs, dtype=getattr(torch, product.dtype), device=device)
-        for _ in range(-(-COLD_BYTES // size))
+def check_all(layers: Sequence[Layer], rows: Sequence[int], device: torch.device) -> None:
+    """Compare each cut with the reference, many at a time, since compiling them takes longest; what is compiled is kept
+    on disk. The library goes first, so that the small kernels that come with it are compiled once.
+    """
+    weights = {layer: draw(layer, device) for layer in layers}
+    cases = [
+        (layer, num_rows, cut)
+        for layer, num_rows in every(layers, rows)
+        for cut in possible(layer.product, num_rows, layer.pair)
     ]
-    for weight in weights:
-        weight *= product.inputs**-0.5
-    return weights
+
+    def check_case(layer: Layer, num_rows: int, cut: Cut) -> None:
+        torch.cuda.set_device(device)  # a thread begins without
+        check(layer, num_rows, provider(layer, cut), weights[layer], f" {cut}")
+
+    for case in cases:
+        if case[2] is None:
+            check_case(*case)
+    with ThreadPoolExecutor(NUM_COMPILERS) as executor:
+        for done in [executor.submit(check_case, *case) for case in cases if case[2] is not None]:
+            done.result()
 
 
-def exact_product(product: Product, x: Tensor, weight: Tensor) -> Tensor:
-    """In float64, a part of the outputs at a time."""
-    parts = [x.double() @ part.double().t() for part in weight.split(1 << 15)]
-    exact = torch.cat(parts, dim=1)
-    if is_gated(product):
-        gate, up = exact.chunk(2, dim=1)
-        exact = functional.silu(gate) * up
-    return exact
+def check(layer: Layer, num_rows: int, multiply: Multiply, weight: Tensor, how: str = "") -> None:
+    """PlexorError where an op's result, or what it stores, is further from the reference than rounding takes it."""
+    reference = resolve(next(op.reference for op in builtin.ops() if op.name == layer.product.op))
+    operands = Operands(layer, num_rows, weight.device)
+    results = []
+    for function in (multiply, reference):
+        given = deepcopy(operands)
+        y = given.call(function, weight)
+        results.append(torch.cat([part.flatten().float() for part in (y, *given.cache.values())]))
+    actual, expected = results
+    error = float((actual - expected).norm() / expected.norm())
+    if not error < LARGEST_ERROR:
+        raise PlexorError(
+            f"{layer.product}, {num_rows} rows{how}: off by {error:.2g} of the whole, so nothing was written down; "
+            f"report it, and choose another provider with --kernel {layer.product.op}=NAME"
+        )
 
 
-def check(product: Product, actual: Tensor, exact: Tensor) -> None:
-    """AssertionError where more than the rounding of the result, some 2e-3 in bfloat16, is off."""
-    error = float((actual.double() - exact).norm() / exact.norm())
-    assert error < 5e-3, f"{product}, {actual.shape[0]} rows: off by {error:.2g} of the whole"
+def provider(layer: Layer, cut: Cut) -> Multiply:
+    """The op's function for one layer, cut so."""
+    make = resolve(_providers()[layer.product.op])
+    multiply: Multiply = make(lambda call: cut)
+    return multiply
 
 
-def time_launch(multiply: Multiply, x: Tensor, weights: Sequence[Tensor]) -> float:
-    """Seconds of one launch, the median over replays of a graph of many."""
-    num_launches = max(4, -(-GRAPH_BYTES // (2 * weights[0].numel())))
-    multiply(x, weights[0])
+def _providers() -> Mapping[str, str]:
+    return {kernel.op: kernel.load for kernel in builtin.kernels() if kernel.provider == PROVIDER}
+
+
+def draw(layer: Layer, device: torch.device) -> Tensor:
+    """A random weight, whose product with normal numbers is normal again."""
+    product = layer.product
+    weight = torch.randn(product.outputs, product.inputs, dtype=_dtype(product.dtype), device=device)
+    return weight.mul_(product.inputs**-0.5)
+
+
+def time_chain(operands: Sequence[Operands], weights: Sequence[Sequence[Tensor]], cuts: Sequence[Cut]) -> float:
+    """Seconds of a layer, the median over replays of a graph of all."""
+    functions = [provider(given.layer, cut) for given, cut in zip(operands, cuts, strict=True)]
+
+    def run() -> None:
+        for own in weights:
+            for given, function, weight in zip(operands, functions, own, strict=True):
+                given.call(function, weight)
+
+    run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for launch in range(num_launches):
-            multiply(x, weights[launch % len(weights)])
+        run()
     times = [_replay(graph) for _ in range(REPLAYS + 2)][2:]
-    return statistics.median(times) / num_launches
+    return statistics.median(times) / len(weights)
 
 
 def _replay(graph: torch.cuda.CUDAGraph) -> float:
@@ -221,3 +272,8 @@ def _replay(graph: torch.cuda.CUDAGraph) -> float:
     end.record()
     end.synchronize()
     return float(start.elapsed_time(end)) * 1e-3
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype

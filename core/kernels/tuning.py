@@ -1,12 +1,12 @@
-"""Choices that were measured: which variant of a kernel is fastest for a product of a size on a GPU.
+"""Choices that were measured: how a product of a size is multiplied fastest on a GPU.
 
 A file for each kind of GPU comes with Plexor, `tuned/NAME.json`; `plexor tune` writes another one to the user's cache,
 which goes before it. Both hold, for an op and the sizes of its weight, a variant for each number of rows that was
 measured:
 
-    {"linear 6144x4096 bfloat16": {"32": {"outputs": 64, "splits": 4}, "256": null}}
+    {"linear_add 4096x14336 bfloat16": {"8": {"blocks": 2, "depth": 256}, "32": {"split": 2}, "256": null}}
 
-null stands for the vendor's library. What was not measured is left to the kernel's own default.
+null stands for the vendor's library. What was not measured is left to the kernels' own rules.
 """
 
 from __future__ import annotations
@@ -41,8 +41,10 @@ class Product:
         return f"{self.op} {self.outputs}x{self.inputs} {self.dtype}"
 
 
-def find(choices: Choices, product: Product, num_rows: int, default: Choice = None) -> Choice:
-    """The choice for the next larger number of rows that was measured, since kernels fill up their tiles."""
+def find(choices: Choices, product: Product, num_rows: int, default: Choice) -> Choice:
+    """The choice for the next larger number of rows that was measured, since kernels fill up their tiles, else the
+    default.
+    """
     measured = choices.get(str(product), {})
     fitting = [rows for rows in measured if rows >= num_rows]
     return measured[min(fitting)] if fitting else default

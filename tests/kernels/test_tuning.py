@@ -13,7 +13,7 @@ from plexor.kernels import tuning
 from plexor.kernels.tuning import Product, file_name, find, read_choices, tuned, write_choices
 
 PRODUCT = Product("linear", 96, 64, "bfloat16")
-NARROW, WIDE = {"outputs": 64, "splits": 4}, {"outputs": 128, "splits": 1}
+NARROW, WIDE = {"blocks": 2, "depth": 512}, {"split": 2}
 
 
 @pytest.fixture
@@ -28,8 +28,9 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path
 
 def test_the_next_larger_measured_number_of_rows_counts() -> None:
     choices = {str(PRODUCT): {32: NARROW, 128: WIDE, 256: None}}
-    assert [find(choices, PRODUCT, rows) for rows in (1, 32, 33, 128, 129)] == [NARROW, NARROW, WIDE, WIDE, None]
-    assert find(choices, PRODUCT, 257) is None
+    found = [find(choices, PRODUCT, rows, default={}) for rows in (1, 32, 33, 128, 129)]
+    assert found == [NARROW, NARROW, WIDE, WIDE, None]
+    assert find(choices, PRODUCT, 257, default=None) is None
     assert find(choices, PRODUCT, 257, default=WIDE) == WIDE
     assert find(choices, PRODUCT, 200, default=WIDE) is None, "the library was measured to be fastest"
     assert find(choices, Product("linear", 96, 64, "float16"), 32, default=WIDE) == WIDE
@@ -52,7 +53,7 @@ def test_the_users_choices_go_before_those_that_are_shipped(folders: tuple[Path,
     assert tuned("another GPU") == {}
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", '{"a": 3}', '{"a": {"x": null}}', '{"a": {"1": {"outputs": "64"}}}'])
+@pytest.mark.parametrize("text", ["{", "[1]", '{"a": 3}', '{"a": {"x": null}}', '{"a": {"1": {"split": "2"}}}'])
 def test_a_damaged_file_counts_as_none(folders: tuple[Path, Path], text: str, caplog: pytest.LogCaptureFixture) -> None:
     shipped, own = folders
     write_choices(shipped / "GPU.json", {str(PRODUCT): {32: NARROW}})
