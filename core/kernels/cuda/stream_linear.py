@@ -23,7 +23,7 @@ class StreamLinear:
 
     def __init__(self) -> None:
         self._programs: dict[tuple[int, ...], Program] = {}
-        self._weight_maps: dict[tuple[int, Variant, int], Any] = {}
+        self._weight_maps: dict[tuple[int, torch.Size, Variant, int], Any] = {}
 
     def launch(self, call: Call, cut: Stream) -> None:
         """Queue it on the current stream, cut in one of its possible ways."""
@@ -61,7 +61,7 @@ class StreamLinear:
         return self._programs[key]
 
     def _weight_map(self, weight: Tensor, variant: Variant, pair: int) -> Any:
-        key = (weight.data_ptr(), variant, pair)
+        key = (weight.data_ptr(), weight.shape, variant, pair)
         if key not in self._weight_maps:
             num_outputs, num_inputs = weight.shape
             sizes = (BOX, num_outputs - pair, num_inputs // BOX, 2)

@@ -24,7 +24,7 @@ class WideLinear:
 
     def __init__(self) -> None:
         self._programs: dict[tuple[int, ...], Program] = {}
-        self._weight_maps: dict[tuple[int, int], Any] = {}
+        self._weight_maps: dict[tuple[int, torch.Size, int], Any] = {}
 
     def launch(self, call: Call, cut: Wide) -> None:
         """Queue it on the current stream, cut in one of its possible ways; call.norm must have been applied."""
@@ -46,7 +46,7 @@ class WideLinear:
 
     def _weight_map(self, weight: Tensor, pair: int) -> Any:
         """Eight rows of the first group, eight of the second, and so on by turns."""
-        key = (weight.data_ptr(), pair)
+        key = (weight.data_ptr(), weight.shape, pair)
         if key not in self._weight_maps:
             num_outputs, num_inputs = weight.shape
             sizes = (BOX, 8, 2, (num_outputs - pair) // 8, num_inputs // BOX)
