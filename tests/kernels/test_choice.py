@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from plexor.kernels import tuning
 from plexor.kernels.cuda.choice import Cut, Stream, Wide, as_choice, choose, possible, rule
 from plexor.kernels.tuning import Choice, Product
 
@@ -98,3 +101,19 @@ def test_a_cut_is_found_again_in_a_table() -> None:
     for num_rows in (1, 64):
         for cut in possible(QKV, num_rows, 64):
             assert choose({str(QKV): {num_rows: as_choice(cut)}}, QKV, num_rows, 64, NUM_MULTIPROCESSORS) == cut
+
+
+def test_a_file_changes_how_a_product_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "shipped_folder", lambda: tmp_path / "absent")
+    monkeypatch.setattr(tuning, "user_folder", lambda: tmp_path)
+    cuts = {8: Stream(1, 512), 32: Wide(1), 64: Wide(2)}
+    tuning.tuned.cache_clear()
+    tuning.write_choices(
+        tmp_path / "GPU.json", {str(QKV): {num_rows: as_choice(cut) for num_rows, cut in cuts.items()}}
+    )
+    try:
+        for num_rows, cut in cuts.items():
+            assert choose(tuning.tuned("GPU"), QKV, num_rows - 1, 64, NUM_MULTIPROCESSORS) == cut
+            assert rule(QKV, num_rows - 1, 64, NUM_MULTIPROCESSORS) != cut
+    finally:
+        tuning.tuned.cache_clear()
