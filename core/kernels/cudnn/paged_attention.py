@@ -18,6 +18,7 @@ from torch import Tensor
 
 from plexor.batch import LayerCache, Pages, Prefill
 from plexor.extension.specs import Facts
+from plexor.kernels.triton.join_attention import join_attention
 from plexor.kernels.triton.paged_attention import PagedAttention as TritonAttention
 from plexor.kernels.triton.prefill_attention import Pieces, prefill_attention
 
@@ -54,10 +55,10 @@ class Plan:
     rest: Pieces | None
     end: int
 
-    def is_one_run(self, num_rows: int) -> bool:
-        """Whether one call attends every row of the batch, so that its result needs no copying."""
+    def is_one_call(self, num_rows: int) -> bool:
+        """Whether one call attends every row of the batch to all that it sees, so that its result needs no copying."""
         run = self.runs[0]
-        return run.num_pieces * run.num_attended == num_rows
+        return run.num_cached == 0 and run.num_pieces * run.num_attended == num_rows
 
 
 class PagedAttention:
@@ -73,17 +74,17 @@ class PagedAttention:
         plan = self._plan(pages, window, cache["keys"].shape[1])
         if plan is None:
             return self._triton(q, cache, pages, scale, window)
-        if plan.is_one_run(q.shape[0]):
-            attended = attend_run(self._library, rows_of(plan.runs[0], q), cache, plan.runs[0], scale)
-            return attended.transpose(1, 2).reshape(q.shape).to(q.dtype)
+        if plan.is_one_call(q.shape[0]):
+            run = plan.runs[0]
+            attended, _ = attend_own(self._library, rows_of(run, q), *gathered(cache, run), run, scale)
+            return attended.transpose(1, 2).reshape(q.shape)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         if pages.num_decodes:
             self._triton.attend_decodes(q, cache, pages, scale, window, out)
         if plan.rest is not None:
             prefill_attention(q, cache, plan.rest, scale, window, out)
         for run in plan.runs:
-            attended = attend_run(self._library, rows_of(run, q), cache, run, scale)
-            rows_of(run, out).copy_(attended.transpose(1, 2))
+            attend_run(self._library, rows_of(run, q), cache, run, scale, rows_of(run, out))
         out[plan.end :].zero_()
         return out
 
@@ -200,24 +201,32 @@ def rows_of(run: Run, batch: Tensor) -> Tensor:
     return rows.view(run.num_pieces, run.num_rows, *batch.shape[1:])[:, : run.num_attended]
 
 
-def attend_run(library: Library, q: Tensor, cache: LayerCache, run: Run, scale: float) -> Tensor:
-    """Attend q [S, n, N, D] -> [S, N, n, D].
+def attend_run(library: Library, q: Tensor, cache: LayerCache, run: Run, scale: float, out: Tensor) -> None:
+    """Attend q into out, both [S, n, N, D].
 
     The library's causal mask begins at the first position, so the positions before the rows are attended by themselves
-    and put together with the rest: each has the share of the row's sum that its own sum has.
+    and joined to the rest.
     """
-    keys, values = (gathered(cache[name], run) for name in ("keys", "values"))
-    q = q.transpose(1, 2)
-    cached, length = run.num_cached, run.num_cached + run.num_attended
-    own, own_sums = library(q, keys[:, :, cached:length], values[:, :, cached:length], True, scale)
-    if cached == 0:
-        return own
-    before, before_sums = library(q, keys[:, :, :cached], values[:, :, :cached], False, scale)
-    share = torch.sigmoid(before_sums - own_sums).unsqueeze(-1)
-    return torch.lerp(own.float(), before.float(), share)
+    keys, values = gathered(cache, run)
+    own, own_sums = attend_own(library, q, keys, values, run, scale)
+    if run.num_cached == 0:
+        out.copy_(own.transpose(1, 2))
+        return
+    cached = slice(run.num_cached)
+    before, before_sums = library(q.transpose(1, 2), keys[:, :, cached], values[:, :, cached], False, scale)
+    join_attention(own, own_sums, before, before_sums, out)
 
 
-def gathered(entries: Tensor, run: Run) -> Tensor:
-    """The entries [S, K, L, D] of a run's pieces, in order of their positions."""
-    own = entries.index_select(0, run.blocks)
-    return own.view(run.num_pieces, -1, *entries.shape[2:]).transpose(1, 2)
+def attend_own(
+    library: Library, q: Tensor, keys: Tensor, values: Tensor, run: Run, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attend q [S, n, N, D] to the rows' own positions among those gathered -> [S, N, n, D], logs of the sums."""
+    own = slice(run.num_cached, run.num_cached + run.num_attended)
+    return library(q.transpose(1, 2), keys[:, :, own], values[:, :, own], True, scale)
+
+
+def gathered(cache: LayerCache, run: Run) -> tuple[Tensor, Tensor]:
+    """Keys and values [S, K, L, D] of a run's pieces, in order of their positions."""
+    keys, values = (cache[name].index_select(0, run.blocks) for name in ("keys", "values"))
+    shape = (run.num_pieces, -1, *keys.shape[2:])
+    return keys.view(shape).transpose(1, 2), values.view(shape).transpose(1, 2)
