@@ -42,7 +42,7 @@ MARGIN = 0.998
 """A chain must take at most this part of the time for a change to be kept, or it may be noise."""
 
 LARGEST_ERROR = 1e-2
-"""Of the whole: several times what roundings to bfloat16 make of it, and less than one wrong tile does."""
+"""Of the whole: twice what the reference's roundings to bfloat16 make of it, and less than one wrong tile does."""
 
 REPLAYS = 9
 NUM_COMPILERS = 16
@@ -53,12 +53,11 @@ Multiply = Callable[..., Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A product, and the heads that norm_rotary_linear makes of it and stores in kv_dtype."""
+    """A product, and the heads that norm_rotary_linear makes of it."""
 
     product: Product
     head_size: int = 0
     num_kv_heads: int = 0
-    kv_dtype: str = ""
 
     @property
     def pair(self) -> int | None:
@@ -110,7 +109,6 @@ def _layer(choice: table.Choice) -> Layer:
         Product(choice.op, shape["out_features"], shape["in_features"], choice.facts.dtype),
         shape.get("head_size", 0),
         shape.get("num_kv_heads", 0),
-        choice.facts.kv_dtype or "",
     )
 
 
@@ -175,7 +173,7 @@ class Operands:
             place = torch.arange(num_rows, device=device)
             entries = (1, num_rows, layer.num_kv_heads, layer.head_size)
             for part in ("keys", "values"):
-                self.cache[part] = torch.zeros(entries, dtype=_dtype(layer.kv_dtype), device=device)
+                self.cache[part] = torch.zeros(entries, dtype=dtype, device=device)
             self._others = (angle.cos(), angle.sin(), place, place, self.cache)
         self._norm = ((1 + 0.1 * torch.randn(product.inputs, device=device)).to(dtype), EPS)
 

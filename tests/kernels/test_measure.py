@@ -19,7 +19,7 @@ from plexor.kernels.table import Choice, resolve
 from plexor.kernels.tuning import Product
 
 CPU = torch.device("cpu")
-QKV = Layer(Product("norm_rotary_linear", 96, 40, "float16"), head_size=24, num_kv_heads=1, kv_dtype="float16")
+QKV = Layer(Product("norm_rotary_linear", 96, 40, "float16"), head_size=24, num_kv_heads=1)
 GATED = Layer(Product("norm_gated_linear", 72, 40, "float16"))
 DOWN = Layer(Product("linear_add", 40, 36, "float16"))
 PROJECTION, HEAD = Layer(Product("norm_linear", 56, 40, "float16")), Layer(Product("linear", 33, 40, "float16"))
