@@ -1,4 +1,4 @@
-"""Measures how products of a decode step are best cut on a GPU: `python bench/linear.py [--write]`, about a minute.
+"""Measures how products of a decode step are best cut on a GPU: `python bench/linear.py [--write]`.
 
 As `plexor tune`, for several published shapes one after the other; core/kernels/tuned holds what `--write` writes.
 """
