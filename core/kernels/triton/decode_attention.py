@@ -50,7 +50,7 @@ def decode_tuning(num_rows: int, size: int, element_bytes: int) -> DecodeTuning:
     wide = size * max(2, element_bytes)
     if num_rows <= FEW_ROWS:
         tile = max(16, min(64, (16 << 10) // wide))
-        return DecodeTuning(tile, warps=4, stages=1, registers=168, programs=3, least=tile, most=64, early=True)
+        return DecodeTuning(tile, warps=2, stages=1, registers=255, programs=4, least=tile, most=64, early=True)
     tile = max(16, min(64, (8 << 10) // wide))
     return DecodeTuning(tile, warps=4, stages=3, registers=128, programs=4, least=128, most=32)
 
