@@ -1,70 +1,15 @@
-"""The precision w4a_fp8: 4-bit weights with a scale for each group of input features, e4m3 activations.
-
-Numbers run from -7 to 7. Leaving out -8 keeps the grid symmetric, so that the largest magnitude of a group is met
-exactly whichever its sign, and lets a kernel widen a sign and three bits to e4m3 without a table. Scales are bfloat16:
-an eighth of a bit for each weight instead of float32's quarter, and unlike float16 no weight of a float32 or bfloat16
-checkpoint takes them out of range.
-"""
+"""The precision w4a_fp8: 4-bit weights with a scale for each group of input features, e4m3 activations."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-
-import torch
-from torch import Tensor
-
-from plexor.api import GroupedMultiply, KernelTable, LinearShape, Multiply, Stored, facts
-from plexor_quant.packing import is_odd, num_groups, round_int4, widen
+from plexor_quant.per_group import PerGroupFormat
 
 
-@dataclass(frozen=True, slots=True)
-class W4AFp8Format:
+class W4AFp8Format(PerGroupFormat):
     """Keeps "weight" uint8 [out, ceil(in / 2)], "scale" bfloat16 [out, ceil(in / group_size)]; a LinearFormat.
 
     group_size: consecutive input features that share a scale, even; a row's last group may be shorter.
     """
 
-    group_size: int = 128
-
-    def storage(self, shape: LinearShape, dtype: torch.dtype) -> tuple[Stored, ...]:
-        groups = num_groups(shape.in_features, self.group_size)
-        return (
-            Stored("weight", (shape.out_features, (shape.in_features + 1) // 2), torch.uint8, 0, 1),
-            Stored("scale", (shape.out_features, groups), torch.bfloat16, 0, 1),
-        )
-
-    def convert(self, weight: Tensor) -> dict[str, Tensor]:
-        packed, scale = round_int4(weight, self.group_size)
-        return {"weight": packed, "scale": scale}
-
-    def load(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return dict(stored)
-
-    def dense(self, stored: Mapping[str, Tensor]) -> Tensor:
-        packed = stored["weight"]
-        in_features = 2 * packed.shape[-1] - is_odd(packed)
-        return widen(packed, stored["scale"], in_features, self.group_size)
-
-    def bind(self, table: KernelTable, shape: LinearShape, dtype: torch.dtype, device: torch.device) -> Multiply:
-        sizes = {"out_features": shape.out_features, "in_features": shape.in_features, "group_size": self.group_size}
-        product = table.bind("w4a_fp8_linear", facts(device, dtype, None, **sizes))
-
-        def multiply(x: Tensor, stored: Mapping[str, Tensor]) -> Tensor:
-            y: Tensor = product(x, stored["weight"], stored["scale"], self.group_size)
-            return y
-
-        return multiply
-
-    def bind_grouped(
-        self, table: KernelTable, shape: LinearShape, dtype: torch.dtype, device: torch.device
-    ) -> GroupedMultiply:
-        sizes = {"out_features": shape.out_features, "in_features": shape.in_features, "groups": shape.groups}
-        sizes["group_size"] = self.group_size
-        product = table.bind("w4a_fp8_grouped_linear", facts(device, dtype, None, **sizes))
-
-        def multiply(x: Tensor, stored: Mapping[str, Tensor], group_end: Tensor) -> Tensor:
-            y: Tensor = product(x, stored["weight"], stored["scale"], self.group_size, group_end)
-            return y
-
-        return multiply
+    def __init__(self, group_size: int = 128) -> None:
+        super().__init__(group_size, op="w4a_fp8_linear", grouped_op="w4a_fp8_grouped_linear")
