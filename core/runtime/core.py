@@ -9,7 +9,7 @@ CPU reads tokens and plans.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -123,17 +123,26 @@ class EngineCore:
 
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """The logits [T, V] of a text that no request asked for, for measuring; ConfigError while requests run."""
-        if self.has_work:
-            raise ConfigError("requests are running: measure when they have ended")
-        if self._ranks.size > 1:
-            raise ConfigError(f"measuring runs on one rank, not on {self._ranks.size}: leave --tp out")
-        self.scheduler.pool.forget()  # the text is written over cached prefixes
+        self._clear_cache()
         return self._ranks.rank.runner.logits(token_ids)
+
+    def logit_parts(self, token_ids: Sequence[int], num_rows: int) -> Iterator[Tensor]:
+        """What `logits` gives, num_rows rows at a time: a long text's logits would take gigabytes as a whole."""
+        self._clear_cache()
+        return self._ranks.rank.runner.logit_parts(token_ids, num_rows)
 
     def close(self) -> None:
         """End the processes of the other ranks; no step is possible from now on."""
         self._ranks.rank.runner.close()
         self._ranks.close()
+
+    def _clear_cache(self) -> None:
+        """For a text that is written over the cached prefixes."""
+        if self.has_work:
+            raise ConfigError("requests are running: measure when they have ended")
+        if self._ranks.size > 1:
+            raise ConfigError(f"measuring runs on one rank, not on {self._ranks.size}: leave --tp out")
+        self.scheduler.pool.forget()
 
     def _launch(self, plan: Plan) -> None:
         step = pack(plan)

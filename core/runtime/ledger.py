@@ -38,6 +38,16 @@ class RunPlan:
     lines: tuple[LedgerLine, ...]
     verdict: str
 
+    @property
+    def taken(self) -> int:
+        """Bytes that the run takes on one rank."""
+        return sum(line.num_bytes for line in self.lines[:-1])
+
+    @property
+    def left(self) -> int:
+        """Bytes that may be used beside it; less than nothing where it does not fit."""
+        return self.lines[-1].num_bytes
+
 
 def make_plan(config: EngineConfig, catalog: Catalog, folder: ModelFolder) -> RunPlan:
     """Build the model from tensors that take no memory, and count."""

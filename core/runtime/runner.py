@@ -90,6 +90,20 @@ class Runner:
     @torch.inference_mode()
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """The logits [T, V] of one sequence in the first blocks of a cache that nothing else uses."""
+        return self._model.logits(self._hidden(token_ids))
+
+    @torch.inference_mode()
+    def logit_parts(self, token_ids: Sequence[int], num_rows: int) -> Iterator[Tensor]:
+        """What `logits` gives, num_rows rows at a time, so that [T, V] is never there as a whole."""
+        for hidden in self._hidden(token_ids).split(num_rows):
+            yield self._model.logits(hidden)
+
+    def close(self) -> None:
+        """No step is launched from now on."""
+        self._decodes.close()
+
+    def _hidden(self, token_ids: Sequence[int]) -> Tensor:
+        """The model's output [T, H] before the head, of one sequence in the first blocks of the cache."""
         count = len(token_ids)
         block_size = self._state.block_size
         positions = torch.arange(count, device=self._device)
@@ -102,11 +116,7 @@ class Runner:
         )
         ctx = ForwardContext(pages, positions, None, self._cache)
         batch = Batch(torch.tensor(token_ids, dtype=torch.int64, device=self._device), positions)
-        return self._model.logits(self._model.forward(batch, ctx))
-
-    def close(self) -> None:
-        """No step is launched from now on."""
-        self._decodes.close()
+        return self._model.forward(batch, ctx)
 
     def _run_decodes(self, step: StepInput) -> tuple[list[int], DrawnRows]:
         """A step of decodes alone, which needs nothing of the CPU but what has changed since the last one."""
