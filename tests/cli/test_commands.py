@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +83,47 @@ def test_eval_prints_a_row_for_each_format(tiny: Path, tmp_path: Path, capsys: p
     code, out, _ = run(capsys, "eval", "--model", str(tiny), "--text", str(text), *formats)
     assert code == 0
     assert [line.split("|")[1].strip() for line in out.splitlines()[2:]] == ["dense", "dense", "fp8", "fp8"]
+    shown = [[cell.strip() for cell in line.split("|")[8:12]] for line in out.splitlines()[2:]]
+    assert shown[0] == ["-", "-", "-", "model"], "the first row is what the others are compared with"
+    for agreement, mean_kl, p99_kl, _ in shown[1:]:
+        assert 50 < float(agreement.rstrip("%")) <= 100
+        assert 0 < float(mean_kl) < float(p99_kl) < 1
+
+
+def test_eval_against_another_checkpoint_puts_it_first_and_dense(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other, text = tmp_path / "other", tmp_path / "text.txt"
+    shutil.copytree(tiny, other)
+    text.write_text("a text to predict, twice over. " * 4)
+    given = ("--model", str(other), "--text", str(text), "--device", "cpu", "--window", "33")
+    code, out, _ = run(
+        capsys, "eval", *given, "--against", str(tiny), "--precision", "dense,fp8", "--kv", "fp8", "--json"
+    )
+    assert code == 0
+    first, same, rounded = json.loads(out)
+    assert [(row["model"], row["precision"], row["kv"]) for row in (first, same, rounded)] == [
+        ("model", "dense", "dense"),
+        ("other", "dense", "fp8"),
+        ("other", "fp8", "fp8"),
+    ]
+    assert first["agreement"] is first["mean_kl"] is first["p99_kl"] is None
+    assert 0 < same["mean_kl"] < rounded["mean_kl"]
+    code, out, _ = run(capsys, "eval", *given, "--against", str(tiny), "--json")
+    alike = json.loads(out)[1]
+    assert (alike["agreement"], alike["mean_kl"], alike["loss"]) == (1, 0, first["loss"])
+
+
+def test_eval_of_one_format_compares_with_nothing(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("a text to predict. " * 4)
+    code, out, _ = run(capsys, "eval", "--model", str(tiny), "--text", str(text), "--device", "cpu", "--json")
+    assert code == 0
+    (row,) = json.loads(out)
+    assert row["perplexity"] > 1
+    assert row["agreement"] is None
 
 
 def test_kernels_says_who_wins_and_why(capsys: pytest.CaptureFixture[str]) -> None:
@@ -133,6 +175,9 @@ def test_plugins_does_not_import_torch() -> None:
         (["eval", "--model", "TINY", "--text", __file__, "--precision", "dense,fp9"], "did you mean 'fp8'"),
         (["chat", "--model", "TINY", "--quick", "hi"], "chat template"),
         (["eval", "--model", "TINY", "--text", "/no/such.txt"], "/no/such.txt"),
+        (["eval", "--model", "TINY", "--text", __file__, "--against", "/no/such"], "/no/such"),
+        (["eval", "--model", "TINY", "--text", __file__, "--against", "demo"], "one of 4,096"),
+        (["eval", "--model", "TINY", "--text", __file__, "--tp", "2", "--precision", "dense,fp8"], "leave --tp out"),
         (["explain", "/nowhere/at/all"], "no folder"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value[:5])[:40],
