@@ -37,9 +37,11 @@ def test_one_path_in_float32_is_the_other(capsys: pytest.CaptureFixture[str]) ->
 
 def test_both_are_compared_with_float32(capsys: pytest.CaptureFixture[str]) -> None:
     truth.main([*SMALL, "--float32"])
-    rows = rows_of(capsys.readouterr().out)[2:]
+    said = capsys.readouterr().out
+    rows = rows_of(said)[2:]
     assert [row[0] for row in rows] == ["all", "the fast path against float32", "the references against float32"]
     assert all(0 < float(row[2]) <= float(row[3]) < 0.03 for row in rows)
+    assert "From float32 the fast path is " in said
 
 
 def test_random_weights_are_the_same_in_float32(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
