@@ -87,6 +87,7 @@ def int8(x: Tensor) -> Tensor:
 
 
 ROUNDED: Mapping[str, Callable[[Tensor], Tensor]] = {"fp8": e4m3, "int8_sq": int8, "w4a_fp8": e4m3}
+WEIGHTS_ALONE = ("int8_wo", "int4_wo", "int4_wo_channel")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -133,6 +134,24 @@ def test_logits_equal_those_of_the_dense_reference(folder: Path, precision: str)
     # Rounding the activations and the weights moves the logits, and not far: both were really rounded.
     assert 1e-3 * spread < by_activations < 0.3 * spread
     assert 1e-3 * spread < _distance(rounded_weights, plain) < 0.8 * spread
+
+
+@pytest.mark.parametrize("precision", WEIGHTS_ALONE)
+def test_logits_equal_those_of_dense_layers_with_the_same_weights(folder: Path, precision: str) -> None:
+    quantised = load_model(folder, CATALOG, precision=precision)
+    reference = load_model(folder, CATALOG)
+    prompts = random_prompts(VOCAB_SIZE)
+    plain = torch.cat(run(reference, prompts, (7, 1)))
+    pairs = _linears(quantised.module, reference.module)
+    assert pairs, "every layer is dense in spite of the precision"
+    for kept, dense in pairs:
+        dense.stored["weight"].copy_(quantised.build.format.dense(kept.stored))
+    expected = torch.cat(run(reference, prompts, (7, 1)))
+    actual = torch.cat(run(quantised, prompts, (7, 1)))
+
+    spread = float(plain.std())
+    assert float((actual - expected).abs().max()) < 1e-4 * spread
+    assert 1e-3 * spread < _distance(expected, plain) < 0.8 * spread
 
 
 def test_a_narrow_cache_moves_the_logits_little(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import pytest
@@ -12,8 +13,11 @@ from plexor.api import KernelTable, LinearFormat, LinearShape, resolve
 from plexor.testing.precision import Grid, check_precision
 from plexor_quant import plugin
 from plexor_quant.fp8 import Fp8Format
+from plexor_quant.int4_wo import Int4WeightFormat
 from plexor_quant.int8_sq import Int8Format
+from plexor_quant.int8_wo import Int8WeightFormat
 from plexor_quant.packing import pack, unpack
+from plexor_quant.per_group import PerGroupFormat
 from plexor_quant.rounding import round_e4m3, round_int8, to_e4m3
 from plexor_quant.w4a_fp8 import W4AFp8Format
 
@@ -55,11 +59,27 @@ def int4_step(weight: Tensor, stored: Mapping[str, Tensor]) -> Tensor:
     return stored["scale"].float()[..., features]
 
 
+def int4_wo_grid(group_size: int) -> Grid:
+    def step(weight: Tensor, stored: Mapping[str, Tensor]) -> Tensor:
+        return stored["scale"].float()[..., torch.arange(weight.shape[-1]) // group_size]
+
+    return Grid(step=step, rounded=Tensor.float)
+
+
 FP8 = Grid(step=fp8_step, rounded=e4m3_rounded)
 INT8 = Grid(step=int8_step, rounded=int8_rounded)
 INT4 = Grid(step=int4_step, rounded=e4m3_rounded)
-FORMATS: list[tuple[LinearFormat, Grid]] = [(Fp8Format(), FP8), (Int8Format(), INT8), (W4AFp8Format(), INT4)]
-IDS = ["fp8", "int8_sq", "w4a_fp8"]
+FORMATS: list[tuple[LinearFormat, Grid]] = [
+    (Fp8Format(), FP8),
+    (Int8Format(), INT8),
+    (W4AFp8Format(), INT4),
+    (Int8WeightFormat(), Grid(step=int8_step, rounded=Tensor.float)),
+    (Int4WeightFormat(128), int4_wo_grid(128)),
+    (Int4WeightFormat(64), int4_wo_grid(64)),
+    (Int4WeightFormat(32), int4_wo_grid(32)),
+    (Int4WeightFormat(None), int4_wo_grid(1 << 20)),
+]
+IDS = ["fp8", "int8_sq", "w4a_fp8", "int8_wo", "int4_wo", "int4_wo_g64", "int4_wo_g32", "int4_wo_channel"]
 
 
 def table() -> KernelTable:
@@ -87,9 +107,38 @@ def test_four_bits_in_other_groups(group_size: int) -> None:
 
 
 def test_precisions_name_their_formats() -> None:
-    for precision, (number_format, _) in zip(plugin.precisions(), FORMATS, strict=True):
-        assert type(resolve(precision.format)()) is type(number_format)
-        assert precision.name in IDS
+    for precision, (number_format, _), name in zip(plugin.precisions(), FORMATS, IDS, strict=True):
+        assert resolve(precision.format)() == number_format
+        assert precision.name == name
+
+
+@pytest.mark.parametrize(
+    ("name", "in_features", "num_bytes"),
+    [
+        ("int8_wo", 200, 48 * 200 + 48 * 4),
+        ("int4_wo", 512, 48 * 256 + 48 * 4 * 2),
+        ("int4_wo", 257, 48 * 129 + 48 * 3 * 2),
+        ("int4_wo_g64", 512, 48 * 256 + 48 * 8 * 2),
+        ("int4_wo_g32", 512, 48 * 256 + 48 * 16 * 2),
+        ("int4_wo_channel", 512, 48 * 256 + 48 * 2),
+    ],
+)
+def test_bytes_kept_for_a_weight(name: str, in_features: int, num_bytes: int) -> None:
+    number_format = dict(zip(IDS, FORMATS, strict=True))[name][0]
+    for groups in (1, 3):
+        kept = number_format.storage(LinearShape(48, in_features, groups), torch.bfloat16)
+        assert sum(math.prod(part.shape) * part.dtype.itemsize for part in kept) == num_bytes
+
+
+@pytest.mark.parametrize("name", ["int8_wo", "int4_wo_g32"])
+def test_rows_that_are_not_consecutive_in_memory(name: str) -> None:
+    number_format = dict(zip(IDS, FORMATS, strict=True))[name][0]
+    generator = torch.Generator().manual_seed(8)
+    stored = number_format.convert(torch.randn(300, 70, generator=generator))
+    x = torch.randn(70, 6, generator=generator).T
+    multiply = number_format.bind(table(), LinearShape(300, 70), torch.float32, torch.device("cpu"))
+    expected = x.double() @ number_format.dense(stored).double().T
+    torch.testing.assert_close(multiply(x, stored).double(), expected, rtol=0, atol=1e-4)
 
 
 def test_a_wrong_scale_breaks_the_contract() -> None:
@@ -121,7 +170,8 @@ def test_activations_left_as_they_are_break_the_contract() -> None:
 def test_the_largest_weight_of_a_row_is_met() -> None:
     weight = torch.randn(20, 300, generator=torch.Generator().manual_seed(5))
     weight[3] = 0
-    for number_format, tolerance in ((Fp8Format(), 1e-6), (Int8Format(), 1e-6), (W4AFp8Format(), 2.0**-8)):
+    for number_format, _ in FORMATS:
+        tolerance = 2.0**-8 if isinstance(number_format, PerGroupFormat) else 1e-6
         largest = number_format.dense(number_format.convert(weight)).abs().amax(dim=1)
         torch.testing.assert_close(largest, weight.abs().amax(dim=1), rtol=tolerance, atol=0)
 

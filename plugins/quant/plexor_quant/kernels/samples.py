@@ -11,12 +11,26 @@ from torch import Tensor
 
 from plexor.api import LinearFormat, Sample
 from plexor_quant.fp8 import Fp8Format
+from plexor_quant.int4_wo import Int4WeightFormat
 from plexor_quant.int8_sq import Int8Format
+from plexor_quant.int8_wo import Int8WeightFormat
 from plexor_quant.w4a_fp8 import W4AFp8Format
 
 GROUP_SIZE = 128
+# Also groups within a row's short last 128, and one of more features than any row has.
+GROUP_SIZES = (128, 32, 2048)
 # (tokens, in, out): none, one, sizes that no tensor core takes, short last groups, around the 16 rows of an int8 tile.
-SIZES = ((0, 64, 32), (1, 256, 48), (3, 7, 5), (1, 1, 1), (2, 129, 33), (16, 64, 64), (17, 144, 80), (40, 1280, 96))
+SIZES = (
+    (0, 64, 32),
+    (1, 256, 48),
+    (3, 7, 5),
+    (1, 1, 1),
+    (2, 129, 33),
+    (16, 64, 64),
+    (17, 144, 80),
+    (40, 1280, 96),
+    (5, 66, 517),
+)
 # (rows of each group, rows of no group, in, out)
 STACKS = (
     ((0, 0, 0), 0, 64, 32),
@@ -25,6 +39,7 @@ STACKS = (
     ((0, 3, 1, 20), 0, 256, 64),
     ((0, 0), 4, 64, 32),
     ((33, 1, 17), 5, 144, 48),
+    ((1, 0, 2), 1, 40, 259),
 )
 
 
@@ -40,6 +55,15 @@ def w4a_fp8_linear(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]
     return _dense(W4AFp8Format(GROUP_SIZE), (GROUP_SIZE,), device, dtype)
 
 
+def int8_wo_linear(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
+    return _dense(Int8WeightFormat(), (), device, dtype)
+
+
+def int4_wo_linear(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
+    for group_size in GROUP_SIZES:
+        yield from _dense(Int4WeightFormat(group_size), (group_size,), device, dtype)
+
+
 def fp8_grouped_linear(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
     return _stacks(Fp8Format(), (), device, dtype)
 
@@ -50,6 +74,15 @@ def int8_grouped_linear(device: torch.device, dtype: torch.dtype) -> Iterable[Sa
 
 def w4a_fp8_grouped_linear(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
     return _stacks(W4AFp8Format(GROUP_SIZE), (GROUP_SIZE,), device, dtype)
+
+
+def int8_wo_grouped_linear(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
+    return _stacks(Int8WeightFormat(), (), device, dtype)
+
+
+def int4_wo_grouped_linear(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
+    for group_size in GROUP_SIZES:
+        yield from _stacks(Int4WeightFormat(group_size), (group_size,), device, dtype)
 
 
 def _dense(
