@@ -1,0 +1,152 @@
+"""What plexor-quant offers: precisions, a cache format, and the ops that multiply them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import partial
+
+from plexor import hookimpl
+from plexor.api import Facts, Kernel, KVFormat, Op, Precision
+
+_CPU = frozenset({"cpu"})
+_CUDA = frozenset({"cuda"})
+_BFLOAT16 = frozenset({"bfloat16"})
+_FLOATS = frozenset({"float32", "float16", "bfloat16"})
+# Sums of up to some thousand products in another order. For bfloat16 also a sum or a weight that a provider rounds to
+# bfloat16 once more than the reference does.
+_SUMMED: Mapping[str, tuple[float, float]] = {
+    "float32": (1e-4, 2e-5),
+    "float16": (4e-3, 4e-3),
+    "bfloat16": (1.6e-2, 1.6e-2),
+}
+
+
+@hookimpl
+def precisions() -> Iterable[Precision]:
+    return (
+        Precision(
+            name="fp8",
+            format="plexor_quant.fp8:Fp8Format",
+            summary="e4m3 weights with a scale for each output channel, e4m3 activations with a scale for each token",
+            needs="fast with bfloat16 activations from compute capability 8.9 on; elsewhere the exact reference runs",
+        ),
+        Precision(
+            name="int8_sq",
+            format="plexor_quant.int8_sq:Int8Format",
+            summary="int8 weights with a scale for each output channel, int8 activations with a scale for each token",
+            needs="fast from compute capability 8.0 on for sizes in multiples of 8; elsewhere slow but exact",
+        ),
+        Precision(
+            name="w4a_fp8",
+            format="plexor_quant.w4a_fp8:W4AFp8Format",
+            summary="4-bit weights in groups of 128 with a scale each, e4m3 activations with a scale for each token",
+            needs="runs anywhere; a quarter of bfloat16's memory, not yet faster than it",
+        ),
+        Precision(
+            name="int8_wo",
+            format="plexor_quant.int8_wo:Int8WeightFormat",
+            summary="int8 weights with a scale for each output channel, activations in the model's dtype",
+            needs="runs anywhere; half of bfloat16's memory, not yet faster than it",
+        ),
+        _int4_wo("int4_wo", "Int4WeightFormat", "in groups of 128 with a scale each"),
+        _int4_wo("int4_wo_g64", "groups_of_64", "in groups of 64 with a scale each"),
+        _int4_wo("int4_wo_g32", "groups_of_32", "in groups of 32 with a scale each"),
+        _int4_wo("int4_wo_channel", "whole_rows", "with a scale for each output channel"),
+    )
+
+
+@hookimpl
+def kv_formats() -> Iterable[KVFormat]:
+    return (
+        KVFormat(
+            name="fp8",
+            storage="plexor_quant.kv:fp8_storage",
+            summary="keys and values in e4m3, half of bfloat16's memory",
+        ),
+    )
+
+
+@hookimpl
+def ops() -> Iterable[Op]:
+    formats = ("fp8", "int8", "w4a_fp8", "int8_wo", "int4_wo")
+    return tuple(_op(f"{name}_{kind}") for kind in ("linear", "grouped_linear") for name in formats)
+
+
+@hookimpl
+def kernels() -> Iterable[Kernel]:
+    return (
+        _kernel("fp8_linear", _CUDA, _BFLOAT16, capability=(8, 9), multiple=16),
+        Kernel(
+            op="fp8_grouped_linear",
+            provider="torch",
+            load="plexor_quant.kernels.torch.fp8_grouped_linear:fp8_grouped_linear",
+            devices=_CUDA,
+            dtypes=_BFLOAT16,
+            capability=(9, 0),
+            refuses=_refuses_scaled_grouped,
+        ),
+        _kernel("int8_linear", _CUDA, _FLOATS, capability=(8, 0), multiple=8),
+        _on_cpu("int8_linear"),
+        _kernel("int8_grouped_linear", _CUDA, _BFLOAT16, capability=(8, 0), multiple=8),
+        _kernel("w4a_fp8_linear", _CUDA, _BFLOAT16, capability=(8, 0), multiple=1),
+        _kernel("w4a_fp8_grouped_linear", _CUDA, _BFLOAT16, capability=(8, 0), multiple=8),
+        _kernel("int8_wo_linear", _CUDA, _BFLOAT16, capability=(8, 0), multiple=1),
+        _kernel("int8_wo_grouped_linear", _CUDA, _BFLOAT16, capability=(8, 0), multiple=8),
+        _kernel("int4_wo_linear", _CUDA, _BFLOAT16, capability=(8, 0), multiple=1),
+        _kernel("int4_wo_grouped_linear", _CUDA, _BFLOAT16, capability=(8, 0), multiple=8),
+        _on_cpu("int8_wo_linear"),
+        _on_cpu("int8_wo_grouped_linear"),
+        _on_cpu("int4_wo_linear"),
+        _on_cpu("int4_wo_grouped_linear"),
+    )
+
+
+def _int4_wo(name: str, target: str, scales: str) -> Precision:
+    return Precision(
+        name=name,
+        format=f"plexor_quant.int4_wo:{target}",
+        summary=f"4-bit weights {scales}, activations in the model's dtype",
+        needs="runs anywhere; a quarter of bfloat16's memory, not yet faster than it",
+    )
+
+
+def _op(name: str) -> Op:
+    return Op(
+        name=name,
+        reference=f"plexor_quant.kernels.reference.{name}:{name}",
+        samples=f"plexor_quant.kernels.samples:{name}",
+        tolerance=_SUMMED,
+    )
+
+
+def _on_cpu(op: str) -> Kernel:
+    return Kernel(op=op, provider="cpu", load=f"plexor_quant.kernels.cpu.{op}:{op}", devices=_CPU, dtypes=_FLOATS)
+
+
+def _kernel(
+    op: str, devices: frozenset[str], dtypes: frozenset[str], *, capability: tuple[int, int], multiple: int
+) -> Kernel:
+    """A product of torch's own that takes input and output features in multiples of `multiple`."""
+    return Kernel(
+        op=op,
+        provider="torch",
+        load=f"plexor_quant.kernels.torch.{op}:{op}",
+        devices=devices,
+        dtypes=dtypes,
+        capability=capability,
+        refuses=partial(_refuses_sizes, multiple=multiple),
+    )
+
+
+def _refuses_sizes(facts: Facts, multiple: int) -> str | None:
+    for axis in ("in_features", "out_features"):
+        size = facts.shape.get(axis, 0)
+        if size % multiple:
+            return f"needs {axis} in multiples of {multiple}, not {size}"
+    return None
+
+
+def _refuses_scaled_grouped(facts: Facts) -> str | None:
+    if facts.capability is not None and facts.capability[0] not in (9, 10):
+        return "is built for compute capability 9 and 10, this device has {}.{}".format(*facts.capability)
+    return _refuses_sizes(facts, 16)
