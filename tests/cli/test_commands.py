@@ -79,7 +79,7 @@ def test_explain_says_what_a_precision_is(tiny: Path, capsys: pytest.CaptureFixt
 def test_eval_prints_a_row_for_each_format(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = tmp_path / "text.txt"
     text.write_text("a text to predict, twice over. " * 4)
-    formats = ("--precision", "dense,fp8", "--kv", "all", "--num-blocks", "16", "--device", "cpu")
+    formats = ("--precision", "dense,fp8", "--kv", "dense,fp8", "--num-blocks", "16", "--device", "cpu")
     code, out, _ = run(capsys, "eval", "--model", str(tiny), "--text", str(text), *formats)
     assert code == 0
     assert [line.split("|")[1].strip() for line in out.splitlines()[2:]] == ["dense", "dense", "fp8", "fp8"]
