@@ -122,7 +122,7 @@ def forward(build: Build, model: Decoder) -> tuple[Tensor, list[dict[str, Tensor
         ({"residual": "parallel"}, set()),
         ({"residual": "norm_after"}, set()),
     ],
-    ids=str,
+    ids=["plain", "gelu", "head norms", "no rotary", "partial rotary", "layer norms", "parallel", "norm after"],
 )
 def test_fused_layers_compute_what_their_steps_do(make: Make, changes: dict[str, object], expected: set[str]) -> None:
     build = make()
