@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from plexor.batch import Batch, ForwardContext, LayerCache, LogitRows, MediaRows, Pages
+    from plexor.batch import Batch, ForwardContext, LayerCache, LogitRows, MediaRows, Pages, Prefill
     from plexor.checkpoint.document import read_object
     from plexor.checkpoint.fields import Fields
     from plexor.checkpoint.mapping import Ignore, Rule, WeightRule, under
@@ -30,7 +30,10 @@ if TYPE_CHECKING:
         Op,
         Precision,
     )
+    from plexor.kernels.cpu.paged_attention import paged_attention
     from plexor.kernels.op import Sample
+    from plexor.kernels.reference.paged_attention import dense_attention, sequence_entries, visible_positions
+    from plexor.kernels.reference.rotary_kv_write import rotated
     from plexor.kernels.table import KernelTable, resolve
     from plexor.model.attention import Attention, AttentionConfig
     from plexor.model.build import Build, facts
@@ -63,7 +66,7 @@ if TYPE_CHECKING:
     from plexor.runtime.stats import StepObserver, StepStats
 
 _HOMES = {
-    "plexor.batch": ("Batch", "ForwardContext", "LayerCache", "LogitRows", "MediaRows", "Pages"),
+    "plexor.batch": ("Batch", "ForwardContext", "LayerCache", "LogitRows", "MediaRows", "Pages", "Prefill"),
     "plexor.checkpoint.document": ("read_object",),
     "plexor.checkpoint.fields": ("Fields",),
     "plexor.checkpoint.mapping": ("Ignore", "Rule", "WeightRule", "under"),
@@ -91,7 +94,10 @@ _HOMES = {
         "Op",
         "Precision",
     ),
+    "plexor.kernels.cpu.paged_attention": ("paged_attention",),
     "plexor.kernels.op": ("Sample",),
+    "plexor.kernels.reference.paged_attention": ("dense_attention", "sequence_entries", "visible_positions"),
+    "plexor.kernels.reference.rotary_kv_write": ("rotated",),
     "plexor.kernels.table": ("KernelTable", "resolve"),
     "plexor.model.attention": ("Attention", "AttentionConfig"),
     "plexor.model.build": ("Build", "facts"),
@@ -183,6 +189,7 @@ __all__ = [
     "PluginError",
     "PositionEmbedding",
     "Precision",
+    "Prefill",
     "RMSNorm",
     "RequestError",
     "ResidualFeedForward",
@@ -201,13 +208,18 @@ __all__ = [
     "VocabEmbedding",
     "WeightRule",
     "activation",
+    "dense_attention",
     "facts",
     "gated_activation",
     "kv_storage",
+    "paged_attention",
     "read_object",
     "read_rotary",
     "resolve",
+    "rotated",
+    "sequence_entries",
     "under",
+    "visible_positions",
 ]
 
 

@@ -1,8 +1,9 @@
-"""What plexor-quant offers: precisions, a cache format, and the ops that multiply them."""
+"""What plexor-quant offers: precisions, cache formats, and the ops behind them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 
 from plexor import hookimpl
@@ -19,6 +20,9 @@ _SUMMED: Mapping[str, tuple[float, float]] = {
     "float16": (4e-3, 4e-3),
     "bfloat16": (1.6e-2, 1.6e-2),
 }
+_COPIED: Mapping[str, tuple[float, float]] = dict.fromkeys(("float32", "float16", "bfloat16"), (0.0, 0.0))
+# Features turned in float32 and rounded to the activation dtype.
+_ROUNDED: Mapping[str, tuple[float, float]] = {**_SUMMED, "float32": (1e-5, 1e-5), "float16": (2e-3, 2e-3)}
 
 
 @hookimpl
@@ -63,13 +67,22 @@ def kv_formats() -> Iterable[KVFormat]:
             storage="plexor_quant.kv:fp8_storage",
             summary="keys and values in e4m3, half of bfloat16's memory",
         ),
+        KVFormat(
+            name="int8",
+            storage="plexor_quant.kv:int8_storage",
+            summary="keys and values in int8 with a scale for each token and head, about half of bfloat16's memory",
+            write="int8_kv_write",
+            rotary_write="int8_rotary_kv_write",
+            attend="int8_paged_attention",
+        ),
     )
 
 
 @hookimpl
 def ops() -> Iterable[Op]:
     formats = ("fp8", "int8", "w4a_fp8", "int8_wo", "int4_wo")
-    return tuple(_op(f"{name}_{kind}") for kind in ("linear", "grouped_linear") for name in formats)
+    products = tuple(_op(f"{name}_{kind}") for kind in ("linear", "grouped_linear") for name in formats)
+    return products + _cache_ops()
 
 
 @hookimpl
@@ -98,6 +111,7 @@ def kernels() -> Iterable[Kernel]:
         _on_cpu("int8_wo_grouped_linear"),
         _on_cpu("int4_wo_linear"),
         _on_cpu("int4_wo_grouped_linear"),
+        replace(_on_cpu("int8_paged_attention"), kv_dtypes=frozenset({"int8"})),
     )
 
 
@@ -121,6 +135,24 @@ def _op(name: str) -> Op:
 
 def _on_cpu(op: str) -> Kernel:
     return Kernel(op=op, provider="cpu", load=f"plexor_quant.kernels.cpu.{op}:{op}", devices=_CPU, dtypes=_FLOATS)
+
+
+def _cache_ops() -> tuple[Op, ...]:
+    """What stores in and reads from a cache of int8 with scales."""
+    tolerances = {
+        "int8_kv_write": _COPIED,
+        "int8_rotary_kv_write": _ROUNDED,
+        "int8_paged_attention": _SUMMED,
+    }
+    return tuple(
+        Op(
+            name=name,
+            reference=f"plexor_quant.kernels.reference.{name}:{name}",
+            samples=f"plexor_quant.kernels.kv_samples:{name}_samples",
+            tolerance=tolerance,
+        )
+        for name, tolerance in tolerances.items()
+    )
 
 
 def _kernel(

@@ -28,11 +28,22 @@ def test_listing_does_not_import_torch() -> None:
 
 
 def test_cache_keeps_one_byte_for_each_number() -> None:
-    (kv_format,) = plugin.kv_formats()
-    stored = resolve(kv_format.storage)(KVShape(5, 16, 2, 80), torch.bfloat16)
-    assert [(part.name, part.shape, part.dtype) for part in stored] == [
+    fp8, int8 = (
+        [
+            (part.name, part.shape, part.dtype)
+            for part in resolve(kv_format.storage)(KVShape(5, 16, 2, 80), torch.bfloat16)
+        ]
+        for kv_format in plugin.kv_formats()
+    )
+    assert fp8 == [
         ("keys", (5, 16, 2, 80), torch.float8_e4m3fn),
         ("values", (5, 16, 2, 80), torch.float8_e4m3fn),
+    ]
+    assert int8 == [
+        ("keys", (5, 16, 2, 80), torch.int8),
+        ("values", (5, 16, 2, 80), torch.int8),
+        ("key_scales", (5, 16, 2), torch.float32),
+        ("value_scales", (5, 16, 2), torch.float32),
     ]
 
 
