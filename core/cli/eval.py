@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 
 from plexor.cli.generate import read_file
 from plexor.cli.options import add_model_options, engine_config
+from plexor.config import EngineConfig
 from plexor.errors import CapacityError, RequestError
 from plexor.extension.catalog import Catalog
 
 if TYPE_CHECKING:
-    from plexor.config import EngineConfig
     from plexor.runtime.engine import Engine
     from plexor.runtime.scoring import Likeness, Score
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", required=True, metavar="FILE", help="what to predict, in UTF-8")
     parser.add_argument(
-        "--against", metavar="DIR|NAME", help="a checkpoint to compare with, run dense; it becomes the first row"
+        "--against", metavar="DIR|NAME", help="a checkpoint to compare with, run as it is stored: the first row"
     )
     parser.add_argument(
         "--window", type=int, default=1024, metavar="N", help="tokens of context at most (default: 1024)"
@@ -46,7 +46,8 @@ def run(arguments: argparse.Namespace, catalog: Catalog) -> int:
     config = engine_config(arguments)
     configs = [replace(config, precision=precision, kv=kv) for precision, kv in product(precisions, caches)]
     if arguments.against is not None:
-        configs.insert(0, replace(config, model=arguments.against, precision="dense", kv="dense"))
+        plain = EngineConfig(model=arguments.against)
+        configs.insert(0, replace(config, model=plain.model, precision=plain.precision, kv=plain.kv))
     rows = _measure(configs, catalog, text, arguments.window)
     if arguments.json:
         print(json.dumps([asdict(row) for row in rows], indent=2))
