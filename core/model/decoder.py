@@ -107,6 +107,7 @@ class DecoderLayer(nn.Module):
         self.attention = attention
         self.feed_forward = feed_forward
         self.attention_norm, self.feed_forward_norm = norms
+        self.residual = residual
         steps = {"parallel": self._parallel, "norm_after": self._norm_after}
         self._step = self._sequential(build) if residual == "sequential" else steps[residual]
 

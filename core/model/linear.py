@@ -85,6 +85,11 @@ class LinearWeight(nn.Module):
             self.bias: Tensor | None = None
         self.stored: dict[str, Tensor] = {stored.name: getattr(self, stored.name) for stored in self._storage}
 
+    @property
+    def format(self) -> LinearFormat:
+        """What keeps the weight: the build's own format, or the dense one of a layer that must stay exact."""
+        return self._format
+
     def pieces(self) -> set[tuple[int, int, str]]:
         """(part, group, suffix) of every tensor that a checkpoint must bring."""
         suffixes = ("weight",) if self.bias is None else ("weight", "bias")
