@@ -180,7 +180,8 @@ def declared_names() -> set[str]:
     for offers in json.loads((CORE / "extension" / "index.json").read_text(encoding="utf-8")).values():
         for hook in ("architectures", "precisions", "kv_formats", "checkpoints"):
             names |= set(offers.get(hook, ()))
-    return names | {family(name) for name in names}
+    # A format may be called as the dtype that it keeps, which the core has to name.
+    return (names | {family(name) for name in names}) - {"int8"}
 
 
 def family(architecture: str) -> str:
