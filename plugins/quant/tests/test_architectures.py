@@ -154,13 +154,16 @@ def test_logits_equal_those_of_dense_layers_with_the_same_weights(folder: Path, 
     assert 1e-3 * spread < _distance(expected, plain) < 0.8 * spread
 
 
-def test_a_narrow_cache_moves_the_logits_little(folder: Path) -> None:
-    narrow = load_model(folder, CATALOG, kv="fp8")
+@pytest.mark.parametrize(("kv", "least", "most"), [("fp8", 1e-4, 0.2), ("int8", 1e-5, 0.02)])
+def test_a_narrow_cache_moves_the_logits_little(folder: Path, kv: str, least: float, most: float) -> None:
+    narrow = load_model(folder, CATALOG, kv=kv)
     prompts = random_prompts(VOCAB_SIZE)
     expected = torch.cat(run(load_model(folder, CATALOG), prompts, (7, 1)))
     actual = torch.cat(run(narrow, prompts, (7, 1)))
     spread = float(expected.std())
-    assert 1e-4 * spread < _distance(actual, expected) < 0.2 * spread
+    # The median over rows: a few may be sent to another expert, which moves them far.
+    moved = float((actual - expected).square().mean(dim=-1).sqrt().median())
+    assert least * spread < moved < most * spread
 
 
 def _distance(left: Tensor, right: Tensor) -> float:
