@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from plexor.checkpoint.document import read_object
     from plexor.checkpoint.fields import Fields
     from plexor.checkpoint.mapping import Ignore, Rule, WeightRule, under
+    from plexor.checkpoint.source import TensorInfo, TensorSource
     from plexor.checkpoint.tokenizer import Tokenizer
-    from plexor.checkpoint.view import Interleaved, Rows, Step, TensorView, Transpose
+    from plexor.checkpoint.view import Grid, Interleaved, Rows, Step, TensorView, Transpose
     from plexor.errors import CapacityError, CheckpointError, ConfigError, PlexorError, PluginError, RequestError
     from plexor.extension.catalog import Catalog
     from plexor.extension.specs import (
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
         Observer,
         Op,
         Precision,
+        StoredWeights,
     )
     from plexor.kernels.cpu.paged_attention import paged_attention
     from plexor.kernels.op import Sample
@@ -70,8 +72,9 @@ _HOMES = {
     "plexor.checkpoint.document": ("read_object",),
     "plexor.checkpoint.fields": ("Fields",),
     "plexor.checkpoint.mapping": ("Ignore", "Rule", "WeightRule", "under"),
+    "plexor.checkpoint.source": ("TensorInfo", "TensorSource"),
     "plexor.checkpoint.tokenizer": ("Tokenizer",),
-    "plexor.checkpoint.view": ("Interleaved", "Rows", "Step", "TensorView", "Transpose"),
+    "plexor.checkpoint.view": ("Grid", "Interleaved", "Rows", "Step", "TensorView", "Transpose"),
     "plexor.errors": (
         "CapacityError",
         "CheckpointError",
@@ -93,6 +96,7 @@ _HOMES = {
         "Observer",
         "Op",
         "Precision",
+        "StoredWeights",
     ),
     "plexor.kernels.cpu.paged_attention": ("paged_attention",),
     "plexor.kernels.op": ("Sample",),
@@ -157,6 +161,7 @@ __all__ = [
     "FusingFormat",
     "Fusion",
     "GatedFeedForward",
+    "Grid",
     "GroupedLinear",
     "GroupedMultiply",
     "Ignore",
@@ -202,6 +207,9 @@ __all__ = [
     "StepObserver",
     "StepStats",
     "Stored",
+    "StoredWeights",
+    "TensorInfo",
+    "TensorSource",
     "TensorView",
     "Tokenizer",
     "Transpose",

@@ -49,7 +49,8 @@ class EngineConfig:
     """How a model is run; checked once, never changed.
 
     model: a checkpoint folder or the name of a checkpoint that a plugin ships; None for the default one.
-    precision: number format of linear layers and expert stacks. kv: storage format of the paged cache.
+    precision: number format of linear layers and expert stacks; "auto" is dense, or for a checkpoint whose weights are
+    rounded already the one that keeps them so. kv: storage format of the paged cache.
     dtype: of weights that are not quantised and of activations; "auto" is the checkpoint's own.
     device: "auto" takes a GPU where there is one. tensor_parallel: ranks that share each layer.
     num_blocks: blocks of the paged cache, None for as many as memory allows. memory_fraction: share of the device's
@@ -62,7 +63,7 @@ class EngineConfig:
     """
 
     model: str | None = None
-    precision: str = "dense"
+    precision: str = "auto"
     kv: str = "dense"
     dtype: str = "auto"
     device: str = "auto"

@@ -70,14 +70,18 @@ def load_weights(
     *,
     device: torch.device = CPU,
     readers: int = 1,
+    show: Callable[[TensorSource], TensorSource] | None = None,
 ) -> LoadReport:
     """Fill the model. CheckpointError for tensors that are missing, unused, of the wrong shape or type, or that fill
     one place twice; all of them are found by name and shape before the first is read, except wrong shapes.
 
     device: the model's. readers: threads that read at once, onto the device; one reads here, into the CPU's memory.
+    show: makes of what is stored the tensors that the rules are about, where these differ.
     """
     if readers > 1:
         source = StagedSource(source, device, readers)
+    if show is not None:
+        source = show(source)
     inner = model.weight_rules() if isinstance(model, BringsRules) else ()
     book = RuleBook((*rules, *inner))
     targets = find_targets(model)

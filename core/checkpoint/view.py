@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -13,6 +13,31 @@ from plexor.checkpoint.source import TensorSource, check_finite
 from plexor.errors import CheckpointError
 
 WHOLE = slice(None)
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """The numbers that a stored weight [rows, columns] was rounded to: (code - zero_point) x scale.
+
+    scale: float32 [rows, groups]; each serves group_size consecutive columns, the last group perhaps fewer.
+    zero_point: int32 [rows, groups], None where it is zero everywhere.
+    codes: the dtype of the codes; bits: how many of its bits they take, int8 with 4 being -8 to 7.
+    """
+
+    scale: Tensor
+    zero_point: Tensor | None
+    group_size: int
+    codes: torch.dtype
+    bits: int
+
+
+@runtime_checkable
+class GridSource(Protocol):
+    """A TensorSource that knows which grid some of its tensors were rounded to."""
+
+    def grid(self, name: str, index: tuple[slice, ...] = ()) -> Grid | None:
+        """The grid of what `read` gives for the same arguments; None where it has none, or the cut parts a group."""
+        ...
 
 
 class TensorView(ABC):
@@ -24,6 +49,10 @@ class TensorView(ABC):
     @abstractmethod
     def read(self, *index: slice) -> Tensor:
         """The part of the tensor at these slices (stop and start set, step 1), on whichever device the view has it."""
+
+    def grid(self, *index: slice) -> Grid | None:
+        """The grid of that part; None where none is known, or its rows and columns are no longer those of the codes."""
+        return None
 
     def read_as(self, dtype: torch.dtype, *index: slice) -> Tensor:
         """As `read`, in another floating dtype; CheckpointError if a value is beyond its range."""
@@ -60,6 +89,9 @@ class SourceView(TensorView):
         check_finite(tensor, self._info)
         return tensor
 
+    def grid(self, *index: slice) -> Grid | None:
+        return self._source.grid(self._info.name, index) if isinstance(self._source, GridSource) else None
+
 
 class _Transposed(TensorView):
     def __init__(self, base: TensorView) -> None:
@@ -86,8 +118,15 @@ class _Rows(TensorView):
 
     def read(self, *index: slice) -> Tensor:
         rows, *rest = _full(index, len(self.shape))
+        return self._base.read(self._moved(rows), *rest)
+
+    def grid(self, *index: slice) -> Grid | None:
+        rows, *rest = _full(index, len(self.shape))
+        return self._base.grid(self._moved(rows), *rest)
+
+    def _moved(self, rows: slice) -> slice:
         start, stop, _ = rows.indices(self.shape[0])
-        return self._base.read(slice(self._start + start, self._start + stop), *rest)
+        return slice(self._start + start, self._start + stop)
 
 
 class _Interleaved(TensorView):

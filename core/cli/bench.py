@@ -66,11 +66,12 @@ def run(arguments: argparse.Namespace, catalog: Catalog) -> int:
 def _measure(arguments: argparse.Namespace, catalog: Catalog, workloads: tuple[Workload, ...]) -> list[Figure]:
     import_engine(arguments.device)
     from plexor.benchmark.run import find_limits, make_figures, make_labels
-    from plexor.runtime.loading import choose_device
+    from plexor.runtime.loading import choose_device, settle_precision
     from plexor.runtime.prompts import find_folder
 
     with _folder(arguments) as config:
         folder = find_folder(config, catalog)
+        config = settle_precision(config, catalog, folder)
         measured = _run_engine(arguments, config, catalog, workloads)
         limits = find_limits(config, catalog, folder, tuple(measured.timings), _say)
         labels = make_labels(folder.path.name, config, choose_device(config.device), limits.plan, arguments.commit)

@@ -145,7 +145,8 @@ def _shown(value: float | None, form: str) -> str:
 def _look_up(catalog: Catalog, precisions: list[str], caches: list[str]) -> None:
     """A wrong name is said before anything is measured, so that no measured row is lost to it."""
     for name in precisions:
-        catalog.precision(name)
+        if name != "auto":
+            catalog.precision(name)
     for name in caches:
         catalog.kv_format(name)
 

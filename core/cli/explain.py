@@ -16,11 +16,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, catalog: Catalog) -> int:
     from plexor.cli.tables import print_choices
     from plexor.runtime.ledger import make_plan
+    from plexor.runtime.loading import find_layout, settle_precision
     from plexor.runtime.prompts import find_folder
 
     arguments.model = arguments.path or arguments.model
-    config = engine_config(arguments)
-    folder = find_folder(config, catalog)
+    asked = engine_config(arguments)
+    folder = find_folder(asked, catalog)
+    layout = find_layout(folder, catalog)
+    config = settle_precision(asked, catalog, folder)
     plan = make_plan(config, catalog, folder)
     owner = catalog.owner("architectures", folder.architecture)
     print(
@@ -32,6 +35,9 @@ def run(arguments: argparse.Namespace, catalog: Catalog) -> int:
     )
     precision = catalog.precision(config.precision)
     print(f"{precision.name}: {precision.summary}{f'; {precision.needs}' if precision.needs else ''}")
+    if layout is not None:
+        why = "chosen to keep them" if asked.precision == "auto" else "asked for"
+        print(f"weights are stored quantised in the layout {layout.name}; precision {config.precision} was {why}")
     print(f"context {plan.max_length:,}, vocabulary {plan.vocab_size:,}\n")
     print_choices(plan.choices)
     print("\nmemory of one rank")

@@ -18,7 +18,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     """What to run and how: --model, --precision, --kv, --tp and the sizes."""
     group = parser.add_argument_group("model")
     group.add_argument("--model", metavar="DIR|NAME", help="a checkpoint folder, or one that a plugin ships")
-    group.add_argument("--precision", default="dense", help="number format of linear layers (default: dense)")
+    group.add_argument("--precision", default="auto", help="number format of linear layers (default: the stored)")
     group.add_argument("--kv", default="dense", help="storage format of keys and values (default: dense)")
     group.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: the checkpoint's)")
     group.add_argument("--device", default="auto", help="auto, cpu or cuda")

@@ -57,9 +57,12 @@ def measure(config: EngineConfig, catalog: Catalog) -> dict[str, dict[int, Choic
 
     from plexor.kernels.measure import ROWS, chains_of, choices_of, tune
     from plexor.runtime.ledger import make_plan
+    from plexor.runtime.loading import settle_precision
     from plexor.runtime.prompts import find_folder
 
-    chains = chains_of(make_plan(config, catalog, find_folder(config, catalog)).choices)
+    folder = find_folder(config, catalog)
+    config = settle_precision(config, catalog, folder)
+    chains = chains_of(make_plan(config, catalog, folder).choices)
     if not chains:
         raise ConfigError(
             f"precision {config.precision} multiplies no layer of this model with kernels that have variants to "

@@ -28,6 +28,7 @@ from plexor.extension.specs import (
     Observer,
     Op,
     Precision,
+    StoredWeights,
 )
 from plexor.kernels.table import KernelTable
 
@@ -43,6 +44,7 @@ _CALLED: Mapping[str, str] = MappingProxyType(
         "precisions": "precision",
         "kv_formats": "KV format",
         "checkpoint_formats": "checkpoint format",
+        "stored_weights": "layout of stored weights",
         "input_processors": "input processor",
         "checkpoints": "checkpoint",
         "observers": "observer",
@@ -95,6 +97,10 @@ class Catalog:
     @property
     def checkpoint_formats(self) -> Mapping[str, CheckpointFormat]:
         return self._table("checkpoint_formats")
+
+    @property
+    def stored_weights(self) -> Mapping[str, StoredWeights]:
+        return self._table("stored_weights")
 
     @property
     def input_processors(self) -> Mapping[str, InputProcessor]:

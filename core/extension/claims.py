@@ -21,6 +21,7 @@ from plexor.extension.specs import (
     Observer,
     Op,
     Precision,
+    StoredWeights,
 )
 
 KEYS: Mapping[str, tuple[type, tuple[str, ...]]] = MappingProxyType(
@@ -32,6 +33,7 @@ KEYS: Mapping[str, tuple[type, tuple[str, ...]]] = MappingProxyType(
         "precisions": (Precision, ("name",)),
         "kv_formats": (KVFormat, ("name",)),
         "checkpoint_formats": (CheckpointFormat, ("name",)),
+        "stored_weights": (StoredWeights, ("name",)),
         "input_processors": (InputProcessor, ("architecture", "kind")),
         "checkpoints": (Checkpoint, ("name",)),
         "observers": (Observer, ("name",)),

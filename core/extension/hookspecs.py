@@ -17,6 +17,7 @@ from plexor.extension.specs import (
     Observer,
     Op,
     Precision,
+    StoredWeights,
 )
 
 if TYPE_CHECKING:
@@ -58,6 +59,11 @@ def kv_formats() -> Iterable[KVFormat]:  # type: ignore[empty-body]
 @hookspec
 def checkpoint_formats() -> Iterable[CheckpointFormat]:  # type: ignore[empty-body]
     """Ways that checkpoints lie on disk, keyed by name. Called in every process."""
+
+
+@hookspec
+def stored_weights() -> Iterable[StoredWeights]:  # type: ignore[empty-body]
+    """Layouts of checkpoints that hold rounded weights, keyed by name. Called in every process."""
 
 
 @hookspec

@@ -28,6 +28,7 @@ INDEXED_HOOKS = (
     "precisions",
     "kv_formats",
     "checkpoint_formats",
+    "stored_weights",
     "input_processors",
     "checkpoints",
 )

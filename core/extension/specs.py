@@ -143,6 +143,23 @@ class CheckpointFormat:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StoredWeights:
+    """A layout of checkpoints whose weights are already rounded, read as the dense tensors that they stand for.
+
+    recognises: `(quantization: Mapping[str, Any]) -> bool`, given `quantization_config` of `config.json`; exactly one
+    layout must answer yes.
+    open: `(TensorSource, quantization) -> TensorSource`: the checkpoint with a dense `weight` [out, in] in place of
+    each rounded one. It may be a GridSource (plexor.checkpoint.view), which also tells the grid of each.
+    precision: `(quantization) -> str`: the precision that keeps the weights as they are, "dense" where none does.
+    """
+
+    name: str
+    recognises: Target
+    open: Target
+    precision: Target
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class InputProcessor:
     """Turns media of a kind ("image") into placeholder tokens and tensors for one architecture.
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from plexor.checkpoint.view import Grid
     from plexor.kernels.table import KernelTable
 
 
@@ -75,6 +76,19 @@ class LinearFormat(Protocol):
         self, table: KernelTable, shape: LinearShape, dtype: torch.dtype, device: torch.device
     ) -> GroupedMultiply:
         """The multiply for an expert stack."""
+        ...
+
+
+@runtime_checkable
+class GridFormat(Protocol):
+    """A LinearFormat that can keep the very numbers that a checkpoint stores, where their grid is one of its own."""
+
+    def takes(self, grid: Grid) -> bool:
+        """Whether `keep` can hold every number of this grid."""
+        ...
+
+    def keep(self, weight: Tensor, grid: Grid) -> dict[str, Tensor]:
+        """As `convert`, from float32 numbers [out, in] on a grid which it takes: keeps the stored codes and scales."""
         ...
 
 

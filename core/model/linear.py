@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from plexor.checkpoint.view import TensorView
 from plexor.errors import CheckpointError
 from plexor.model.build import Build, facts
-from plexor.model.format import FusingFormat, Fusion, LinearFormat, LinearShape
+from plexor.model.format import FusingFormat, Fusion, GridFormat, LinearFormat, LinearShape
 from plexor.model.norm import RMSNorm
 
 Cut = Literal["out", "in", "none"]
@@ -104,11 +104,18 @@ class LinearWeight(nn.Module):
         view.expect((self.parts[part].size, self.in_features))
         rows, columns = self._rows[part], self._columns
         device = self.stored[self._storage[0].name].device
-        weight = view.read_as(self._dtype, slice(rows.start, rows.stop), slice(columns.start, columns.stop))
-        kept = self._format.load(self._format.convert(weight.to(device)))
+        where = slice(rows.start, rows.stop), slice(columns.start, columns.stop)
+        kept = self._format.load(self._converted(view, where, device))
         offset = sum(len(rows) for rows in self._rows[:part])
         for stored in self._storage:
             self._place(self.stored[stored.name], kept[stored.name], group, stored.out_axis, offset)
+
+    def _converted(self, view: TensorView, where: tuple[slice, slice], device: torch.device) -> dict[str, Tensor]:
+        if isinstance(self._format, GridFormat):
+            grid = view.grid(*where)
+            if grid is not None and self._format.takes(grid):
+                return self._format.keep(view.read(*where).to(device), grid)
+        return self._format.convert(view.read_as(self._dtype, *where).to(device))
 
     def _load_bias(self, part: int, group: int, view: TensorView) -> None:
         if self.bias is None:

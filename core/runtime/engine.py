@@ -18,6 +18,7 @@ from plexor.config import EngineConfig
 from plexor.errors import RequestError
 from plexor.extension.catalog import Catalog
 from plexor.runtime.core import EngineCore
+from plexor.runtime.loading import settle_precision
 from plexor.runtime.prompts import Answer, Delta, Prompt, PromptDesk, find_folder
 from plexor.runtime.request import FinishReason, Output, Request, SamplingParams, TokenLogprobs
 
@@ -72,6 +73,7 @@ class Engine:
         self.config = config if model is None else replace(config, model=model)
         self.catalog = catalog or Catalog.load(strict=self.config.strict_plugins)
         self.folder: ModelFolder = find_folder(self.config, self.catalog)
+        self.config = settle_precision(self.config, self.catalog, self.folder)
         self.prompts = PromptDesk(self.folder, self.catalog)
         self.core = EngineCore(self.config, self.catalog, self.folder, progress)
         self.prompts.tokenizer.check_vocabulary(self.core.limits.vocab_size)

@@ -13,7 +13,7 @@ from plexor.kernels.table import Choice
 from plexor.runtime.footprint import activation_bytes, graph_bytes, table_bytes
 from plexor.runtime.graphs import decode_buckets
 from plexor.runtime.kv_cache import block_bytes, cpu_cache_bytes, machine_bytes
-from plexor.runtime.loading import BuiltModel, plan_model
+from plexor.runtime.loading import BuiltModel, plan_model, settle_precision
 from plexor.runtime.ranks import context_length, max_blocks, most_blocks, replays_decodes
 
 
@@ -51,6 +51,7 @@ class RunPlan:
 
 def make_plan(config: EngineConfig, catalog: Catalog, folder: ModelFolder) -> RunPlan:
     """Build the model from tensors that take no memory, and count."""
+    config = settle_precision(config, catalog, folder)
     table = catalog.kernel_table(config.kernels)
     built = plan_model(config, catalog, table, folder)
     device = built.build.device

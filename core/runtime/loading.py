@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from plexor.checkpoint.source import TensorSource
 from plexor.config import EngineConfig
 from plexor.errors import CapacityError, CheckpointError, ConfigError
 from plexor.extension.catalog import Catalog
-from plexor.extension.specs import Architecture
+from plexor.extension.specs import Architecture, StoredWeights
 from plexor.kernels.table import KernelTable, resolve
 from plexor.model.build import Build
 from plexor.model.decoder import Model, ModelConfig
@@ -55,8 +56,36 @@ class BuiltModel:
         return self.model
 
 
-def choose_placement(config: EngineConfig, folder: ModelFolder, mesh: Mesh) -> Placement:
+def settle_precision(config: EngineConfig, catalog: Catalog, folder: ModelFolder) -> EngineConfig:
+    """The config with "auto" replaced: by the precision that keeps rounded weights as they are stored, else "dense"."""
+    if config.precision != "auto":
+        return config
+    layout = find_layout(folder, catalog)
+    chosen = "dense" if layout is None else resolve(layout.precision)(folder.quantization)
+    return replace(config, precision=chosen)
+
+
+def find_layout(folder: ModelFolder, catalog: Catalog) -> StoredWeights | None:
+    """How the folder's weights were rounded, None where they are plain; CheckpointError where nobody knows."""
+    stated = folder.quantization
+    if stated is None:
+        return None
+    found = [spec for spec in catalog.stored_weights.values() if resolve(spec.recognises)(stated)]
+    if len(found) == 1:
+        return found[0]
+    method = stated.get("quant_method", "an unnamed method")
+    names = ", ".join(sorted(spec.name for spec in found or catalog.stored_weights.values())) or "none"
+    if found:
+        raise CheckpointError(f"{len(found)} layouts claim {folder.path}, stored quantised ({method}): {names}")
+    raise CheckpointError(
+        f"{folder.path} is stored quantised ({method}), which no installed plugin reads (layouts: {names}): use the "
+        "original checkpoint with --precision"
+    )
+
+
+def choose_placement(config: EngineConfig, catalog: Catalog, folder: ModelFolder, mesh: Mesh) -> Placement:
     """Where and how one rank builds its share: on the GPU of its number, or on the CPU."""
+    config = settle_precision(config, catalog, folder)
     device = choose_device(config.device)
     if device.type == "cuda":
         device = torch.device("cuda", mesh.rank)
@@ -67,19 +96,13 @@ def plan_model(config: EngineConfig, catalog: Catalog, table: KernelTable, folde
     """Rank 0's model, of tensors that take no memory: its shapes and kernels are those of a run."""
     from torch._subclasses.fake_tensor import FakeTensorMode  # imports torch's compiler, which takes a second or two
 
-    placement = choose_placement(config, folder, Mesh(0, config.tensor_parallel))
+    placement = choose_placement(config, catalog, folder, Mesh(0, config.tensor_parallel))
     with FakeTensorMode():
         return build_model(folder, catalog, table, placement)
 
 
 def build_model(folder: ModelFolder, catalog: Catalog, table: KernelTable, placement: Placement) -> BuiltModel:
     """The model that the folder's config.json describes, its tensors allocated and not read."""
-    if folder.quantization is not None:
-        method = folder.quantization.get("quant_method", "an unnamed method")
-        raise CheckpointError(
-            f"{folder.path} is stored quantised ({method}), which this version does not read: use the original "
-            "checkpoint with --precision"
-        )
     architecture = catalog.architecture(folder.architecture)
     config: ModelConfig = resolve(architecture.config)(folder.config)
     build = make_build(catalog, table, placement)
@@ -100,11 +123,15 @@ def load_model(
     folder: ModelFolder, catalog: Catalog, table: KernelTable, placement: Placement, progress: Progress | None = None
 ) -> tuple[BuiltModel, LoadReport]:
     """Build the model and stream this rank's share of the weights into it."""
+    layout = find_layout(folder, catalog)
+    show = None if layout is None else partial(_shown, layout, folder)
     built = build_model(folder, catalog, table, placement)
     rules = resolve(built.architecture.weights)(built.config)
     readers = 1 if placement.device.type == "cpu" else READERS
     with closing(open_source(folder.path, catalog)) as source:
-        report = load_weights(built.module, rules, source, progress, device=placement.device, readers=readers)
+        report = load_weights(
+            built.module, rules, source, progress, device=placement.device, readers=readers, show=show
+        )
     return built, report
 
 
@@ -166,6 +193,11 @@ def choose_dtype(name: str, config: Mapping[str, Any]) -> torch.dtype:
     if chosen not in known:
         raise CheckpointError(f"config.json states the dtype {chosen!r}: choose one with --dtype ({', '.join(known)})")
     return known[chosen]
+
+
+def _shown(layout: StoredWeights, folder: ModelFolder, source: TensorSource) -> TensorSource:
+    shown: TensorSource = resolve(layout.open)(source, folder.quantization)
+    return shown
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

@@ -70,7 +70,7 @@ def make_rank(
 
     agree: from the number of blocks that fit on this rank to the number that all ranks use.
     """
-    placement = choose_placement(config, folder, mesh)
+    placement = choose_placement(config, catalog, folder, mesh)
     if placement.device.type == "cuda":
         torch.cuda.set_device(placement.device)
     table = catalog.kernel_table(config.kernels)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from plexor.api import GroupedMultiply, KernelTable, LinearShape, Multiply, Stored, facts
+from plexor.api import Grid, GroupedMultiply, KernelTable, LinearShape, Multiply, Stored, facts
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,15 @@ class PerChannelFormat:
     def convert(self, weight: Tensor) -> dict[str, Tensor]:
         numbers, scale = self.round_rows(weight)
         return {"weight": numbers, "scale": scale.squeeze(-1)}
+
+    def takes(self, grid: Grid) -> bool:
+        """One scale for each row, no zero points, and codes of this very dtype or, for int8, of fewer bits."""
+        return grid.codes == self.dtype and grid.zero_point is None and grid.scale.shape[-1] == 1
+
+    def keep(self, weight: Tensor, grid: Grid) -> dict[str, Tensor]:
+        codes = (weight / grid.scale).nan_to_num()  # a scale of zero says that its row is zeros
+        codes = codes if self.dtype.is_floating_point else codes.round()
+        return {"weight": codes.to(self.dtype), "scale": grid.scale.squeeze(-1)}
 
     def load(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return dict(stored)

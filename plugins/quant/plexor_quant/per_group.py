@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from plexor.api import GroupedMultiply, KernelTable, LinearShape, Multiply, Stored, facts
-from plexor_quant.packing import is_odd, num_groups, round_int4, widen
+from plexor.api import Grid, GroupedMultiply, KernelTable, LinearShape, Multiply, Stored, facts
+from plexor_quant.packing import is_odd, num_groups, pack, round_int4, widen
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +41,23 @@ class PerGroupFormat:
     def convert(self, weight: Tensor) -> dict[str, Tensor]:
         packed, scale = round_int4(weight, self._size(weight.shape[-1]))
         return {"weight": packed, "scale": scale}
+
+    def takes(self, grid: Grid) -> bool:
+        """Codes from -8 to 7 without zero points, in groups that whole groups of this format make up."""
+        if grid.codes != torch.int8 or grid.bits > 4 or grid.zero_point is not None:
+            return False
+        if self.group_size is None or grid.scale.shape[-1] == 1:
+            return grid.scale.shape[-1] == 1
+        return grid.group_size % self.group_size == 0
+
+    def keep(self, weight: Tensor, grid: Grid) -> dict[str, Tensor]:
+        """The scales become bfloat16, which float16's and float32's are rounded to; the codes stay."""
+        in_features = weight.shape[-1]
+        codes = (weight / grid.scale.repeat_interleave(grid.group_size, dim=-1)[:, :in_features]).nan_to_num()
+        size = self._size(in_features)
+        groups = torch.arange(0, in_features, size, device=weight.device) // grid.group_size
+        scale = grid.scale[:, groups].to(torch.bfloat16)
+        return {"weight": pack(codes.round().to(torch.int8)), "scale": scale}
 
     def load(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return dict(stored)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 from plexor import hookimpl
-from plexor.api import Facts, Kernel, KVFormat, Op, Precision
+from plexor.api import Facts, Kernel, KVFormat, Op, Precision, StoredWeights
 
 _CPU = frozenset({"cpu"})
 _CUDA = frozenset({"cuda"})
@@ -75,6 +75,20 @@ def kv_formats() -> Iterable[KVFormat]:
             rotary_write="int8_rotary_kv_write",
             attend="int8_paged_attention",
         ),
+    )
+
+
+@hookimpl
+def stored_weights() -> Iterable[StoredWeights]:
+    layouts = {"compressed-tensors": "compressed_tensors"}
+    return tuple(
+        StoredWeights(
+            name=name,
+            recognises=f"plexor_quant.stored.{module}:recognises",
+            open=f"plexor_quant.stored.{module}:open_source",
+            precision=f"plexor_quant.stored.{module}:precision",
+        )
+        for name, module in layouts.items()
     )
 
 
