@@ -64,3 +64,8 @@ def test_kernels_say_why_they_cannot_serve() -> None:
     assert (winner, reason) == ("reference", "is built for compute capability 9 and 10, this device has 12.0")
     winner, reason = explained("int8_linear", "float32", hopper, in_features=36, out_features=32)
     assert (winner, reason) == ("reference", "needs in_features in multiples of 8, not 36")
+    winner, reason = explained("int8_wo_linear", "float16", hopper, in_features=64, out_features=32)
+    assert (winner, reason) == ("reference", "takes bfloat16, not float16")
+    assert explained("int4_wo_linear", "bfloat16", hopper, in_features=129, out_features=7) == ("torch", "")
+    winner, reason = explained("int4_wo_grouped_linear", "bfloat16", hopper, in_features=64, out_features=36)
+    assert (winner, reason) == ("reference", "needs out_features in multiples of 8, not 36")
