@@ -9,7 +9,7 @@ from torch import Tensor
 
 from plexor.api import LayerCache, Pages, paged_attention
 
-# Numbers (of keys, and again of values) that are widened together, unless one sequence has more: 1 MiB of float32 in all.
+# Numbers (of keys, and again of values) widened together, unless one sequence has more: 1 MiB of float32 in all.
 # With 2 MiB a step of 16 x 256 entries took nine times as long.
 WIDENED_LIMIT = 1 << 17
 
