@@ -80,7 +80,13 @@ def kv_formats() -> Iterable[KVFormat]:
 
 @hookimpl
 def stored_weights() -> Iterable[StoredWeights]:
-    layouts = {"compressed-tensors": "compressed_tensors"}
+    layouts = {
+        "AutoAWQ": "awq",
+        "compressed-tensors": "compressed_tensors",
+        "FP8": "float8",
+        "GPTQ": "gptq",
+        "ModelOpt": "modelopt",
+    }
     return tuple(
         StoredWeights(
             name=name,

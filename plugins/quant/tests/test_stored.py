@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from plexor import Engine, EngineConfig, SamplingParams
-from plexor.api import Catalog, Linear
+from plexor.api import Catalog, CheckpointError, GroupedLinear, Linear
 from plexor.testing.architecture import expected_tokens, load_model, random_prompts
 from plexor.testing.checkpoints import write_checkpoint
 
@@ -137,6 +137,52 @@ def packed4(size: int | None, symmetric: bool, order: bool = False) -> Callable[
     return pack
 
 
+def gptq(version: int, size: int, symmetric: bool, desc_act: bool = False) -> Layout:
+    """Numbers of consecutive input features share a word; the first version's zero points are stored less one."""
+
+    def pack(weight: Tensor) -> tuple[Tensors, Tensor]:
+        columns = weight.shape[1]
+        group = torch.arange(columns) // size
+        if desc_act:
+            group = group[torch.randperm(columns, generator=torch.Generator().manual_seed(6))]
+        sorting = group.argsort(stable=True)
+        sorted_codes, scale, zero = numbers4(weight[:, sorting], size, symmetric)
+        codes = torch.empty_like(sorted_codes)
+        codes[:, sorting] = sorted_codes
+        tensors = {
+            "qweight": words(codes.T, 0),
+            "qzeros": words((zero.T - (2 - version)) % 16, 1),
+            "scales": scale.half().T,
+            "g_idx": group.int(),
+        }
+        return tensors, meant(codes, scale.half(), zero, group)
+
+    quantization = {"quant_method": "gptq", "bits": 4, "group_size": size, "sym": symmetric, "desc_act": desc_act}
+    quantization |= {"checkpoint_format": "gptq" if version == 1 else "gptq_v2"}
+    kept = {128: "int4_wo", 32: "int4_wo_g32"}[size] if symmetric and not desc_act else "dense"
+    return Layout(quantization, pack, kept)
+
+
+def words(numbers: Tensor, axis: int) -> Tensor:
+    """Eight numbers of 0 to 15 along an axis in each int32, the first in the lowest bits."""
+    rows = numbers if axis == 1 else numbers.T
+    packed = [
+        [sum(int(n) << 4 * i for i, n in enumerate(row[at : at + 8])) for at in range(0, len(row), 8)]
+        for row in rows.int().tolist()
+    ]
+    signed = torch.tensor(packed).to(torch.int32)
+    return signed if axis == 1 else signed.T
+
+
+def awq(weight: Tensor) -> tuple[Tensors, Tensor]:
+    """Words hold output features 0 2 4 6 1 3 5 7 of eight, the first in the lowest bits."""
+    columns = weight.shape[1]
+    codes, scale, zero = numbers4(weight, 64, symmetric=False)
+    order = torch.arange(weight.shape[0]).reshape(-1, 8)[:, [0, 2, 4, 6, 1, 3, 5, 7]].flatten()
+    tensors = {"qweight": words(codes.T[:, order], 1), "qzeros": words(zero.T[:, order], 1), "scales": scale.half().T}
+    return tensors, meant(codes, scale.half(), zero, torch.arange(columns) // 64)
+
+
 def weights(kind: str, bits: int, strategy: str, **more: Any) -> dict[str, Any]:
     return {"type": kind, "num_bits": bits, "strategy": strategy, "symmetric": True, "dynamic": False} | more
 
@@ -168,6 +214,22 @@ LAYOUTS = {
     "w4a8": Layout(
         ct(weights("int", 4, "group", group_size=128), "pack-quantized", FLOAT8), packed4(128, True), "w4a_fp8"
     ),
+    "gptq": gptq(1, 128, symmetric=True),
+    "gptq 32": gptq(1, 32, symmetric=True),
+    "gptq asymmetric": gptq(1, 128, symmetric=False),
+    "gptq ordered": gptq(1, 32, symmetric=True, desc_act=True),
+    "gptq v2": gptq(2, 128, symmetric=False),
+    "awq": Layout(
+        {"quant_method": "awq", "bits": 4, "group_size": 64, "zero_point": True, "version": "gemm"}, awq, "dense"
+    ),
+    "block fp8": Layout(
+        {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
+        float8(128, 128, "weight_scale_inv"),
+        "dense",
+    ),
+    "tensor fp8": Layout({"quant_method": "fp8", "activation_scheme": "dynamic"}, float8(None, None), "fp8"),
+    "fbgemm fp8": Layout({"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}, float8(1, None), "fp8"),
+    "modelopt fp8": Layout({"quant_method": "modelopt", "quant_algo": "FP8"}, float8(None, None), "fp8"),
 }
 LAYERS = re.compile(r"(model\.layers\.\d+\.(self_attn|mlp)\.\w+)\.weight")
 
@@ -252,3 +314,114 @@ def test_the_chosen_precision_keeps_what_is_stored(name: str, dtype: torch.dtype
     for key, module in linears.items():
         exact = meant_by[key].stored["weight"]
         torch.testing.assert_close(module.format.dense(module.stored), exact, rtol=2e-7, atol=0, msg=key)
+
+
+@pytest.mark.parametrize("name", ["fp8 channel", "w4a16", "gptq", "w8a8"])
+def test_two_ranks_read_what_one_does(name: str, plain: Path, tmp_path: Path) -> None:
+    stored, dense = write_layout(LAYOUTS[name], plain, tmp_path)
+    prompts = random_prompts(CONFIG["vocab_size"], (5, 9))
+    assert answers(stored, prompts, ranks=2) == expected_tokens(dense, prompts, 8)
+
+
+@pytest.mark.parametrize("name", ["w4a16 32", "w4a16 channel"])
+def test_two_ranks_keep_what_is_stored(name: str, plain: Path, tmp_path: Path) -> None:
+    """Their shares are whole groups of these sizes, and the activations are not rounded."""
+    stored, dense = write_layout(LAYOUTS[name], plain, tmp_path)
+    prompts = random_prompts(CONFIG["vocab_size"], (5, 9))
+    assert answers(stored, prompts, "auto", ranks=2) == expected_tokens(dense, prompts, 8)
+
+
+def test_experts_are_kept_too(tmp_path: Path) -> None:
+    """A stack of Mixtral's, each expert stored on its own."""
+    layout = LAYOUTS["w4a16 32"]
+    sizes = CONFIG | {"num_local_experts": 3, "num_experts_per_tok": 2, "intermediate_size": 96}
+    plain = tmp_path / "plain"
+    write_checkpoint(plain, "MixtralForCausalLM", transformers.MixtralConfig(**sizes))
+    expert = re.compile(r"(.*experts\.\d+\.w\d)\.weight")
+    stored: Tensors = {}
+    dense: Tensors = {}
+    for name, tensor in read_tensors(plain).items():
+        hit = expert.fullmatch(name)
+        packed, dense[name] = ({}, tensor) if hit is None else layout.pack(tensor)
+        stored |= {name: tensor} if hit is None else {f"{hit[1]}.{last}": each for last, each in packed.items()}
+    assert stored.keys() != dense.keys()
+    folders = (
+        write_like(plain, tmp_path / "s", stored, layout.quantization),
+        write_like(plain, tmp_path / "d", dense, None),
+    )
+    kept = load_model(folders[0], precision=layout.precision).module
+    meant_by = dict(load_model(folders[1]).module.named_modules())
+    stacks = {key: module for key, module in kept.named_modules() if isinstance(module, GroupedLinear)}
+    assert stacks
+    for key, module in stacks.items():
+        exact = meant_by[key].stored["weight"]
+        torch.testing.assert_close(module.format.dense(module.stored), exact, rtol=2e-7, atol=0, msg=key)
+
+
+NAME = "model.layers.1.mlp.up_proj."
+
+
+def without(last: str) -> Callable[[Tensors], None]:
+    return lambda tensors: tensors.__delitem__(NAME + last)
+
+
+def with_nan(last: str) -> Callable[[Tensors], None]:
+    return lambda tensors: tensors[NAME + last][:1].fill_(float("nan"))  # type: ignore[return-value]
+
+
+def with_tensor(last: str, tensor: Tensor) -> Callable[[Tensors], None]:
+    return lambda tensors: tensors.__setitem__(NAME + last, tensor)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "says"),
+    [
+        ("fp8 channel", without("weight_scale"), "'model.layers.1.mlp.up_proj.weight_scale' is missing"),
+        ("block fp8", without("weight_scale_inv"), "weight_scale_inv' is missing"),
+        ("modelopt fp8", without("weight_scale"), "weight_scale' is missing"),
+        ("w4a16", without("weight_shape"), "weight_shape' is missing"),
+        ("gptq", without("qzeros"), "qzeros' is missing"),
+        ("awq", without("scales"), "scales' is missing"),
+        ("w8a8", with_nan("weight_scale"), "holds scales that are NaN, infinite or negative"),
+        ("gptq", with_nan("scales"), "holds scales that are NaN, infinite or negative"),
+        ("fp8 channel", with_tensor("weight_scale", torch.ones(7, 1)), r"is float32 \[7, 1\] where .* \[384, 1\]"),
+        ("w4a16", with_tensor("weight_scale", torch.ones(384, 2, dtype=torch.int8)), "is int8"),
+        ("w4a16", with_tensor("weight_shape", torch.tensor([384, 7])), "does not hold"),
+        ("w4a16 ordered", with_tensor("weight_g_idx", torch.full((256,), 9)), "names groups beyond the 4"),
+        ("gptq ordered", with_tensor("g_idx", torch.full((256,), -1)), "names groups beyond the 8"),
+        ("awq", with_tensor("qweight", torch.zeros(256, 48)), "is float32"),
+    ],
+)
+def test_what_cannot_be_true_is_refused(
+    name: str, damage: Callable[[Tensors], None], says: str, plain: Path, tmp_path: Path
+) -> None:
+    stored, _ = write_layout(LAYOUTS[name], plain, tmp_path)
+    tensors = load_file(stored / "model.safetensors")
+    damage(tensors)
+    save_file(tensors, stored / "model.safetensors")
+    with pytest.raises(CheckpointError, match=says):
+        load_model(stored)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "says"),
+    [
+        ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "version 'gemv'"),
+        ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq_p"}, "format 'gptq_p'"),
+        ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "format 'marlin'"),
+        ({"quant_method": "gptq", "bits": 3, "group_size": 128}, "in 3 bits"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "algorithm 'NVFP4'"),
+        (ct(weights("float", 4, "group", group_size=16), "nvfp4-pack-quantized"), "format 'nvfp4-pack-quantized'"),
+        ({"quant_method": "compressed-tensors"}, "describes no weights"),
+        ({"quant_method": "fp8", "weight_block_size": [128]}, "weight_block_size"),
+        ({"quant_method": "bitsandbytes"}, "bitsandbytes.*which no installed plugin reads"),
+        (ct(weights("int", 4, "group", group_size=100), "pack-quantized"), "groups of 100 do not divide"),
+    ],
+)
+def test_a_layout_that_is_not_read_is_refused_by_name(
+    quantization: Mapping[str, Any], says: str, plain: Path, tmp_path: Path
+) -> None:
+    layout = Layout(quantization, LAYOUTS["w4a16"].pack, "dense")
+    stored, _ = write_layout(layout, plain, tmp_path)
+    with pytest.raises(CheckpointError, match=says):
+        load_model(stored)

@@ -24,6 +24,7 @@ from plexor_quant.stored.source import (
     companion,
     expect,
     group_block,
+    read_order,
     read_packed,
     sizes_of,
 )
@@ -64,15 +65,15 @@ def open_source(source: TensorSource, quantization: Mapping[str, Any]) -> Tensor
 
 
 def _groups(quantization: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    groups = quantization.get("config_groups")
-    valid = isinstance(groups, Mapping) and groups
-    if not valid or not all(
-        isinstance(group, Mapping) and isinstance(group.get("weights"), Mapping) for group in groups.values()
+    given = quantization.get("config_groups")
+    groups = list(given.values()) if isinstance(given, Mapping) else []
+    if not groups or not all(
+        isinstance(group, Mapping) and isinstance(group.get("weights"), Mapping) for group in groups
     ):
         raise CheckpointError(
             "quantization_config of config.json describes no weights in config_groups: download the file again"
         )
-    return list(groups.values())
+    return groups
 
 
 def _check_formats(quantization: Mapping[str, Any], groups: list[Mapping[str, Any]]) -> None:
@@ -173,17 +174,6 @@ class _Packed:
             return Codes(numbers, scale, zero_point, size, columns.start % size)
         group = read_order(self.source, self.order, columns, scale.shape[1])
         return Codes(numbers, scale[:, group], None if zero_point is None else zero_point[:, group])
-
-
-def read_order(source: TensorSource, name: str, columns: range, num_groups: int) -> torch.Tensor:
-    """The group of each of these input features; CheckpointError for a group that there is not."""
-    group = source.read(name, (slice(columns.start, columns.stop),)).long()
-    if bool(((group < 0) | (group >= num_groups)).any()):
-        raise CheckpointError(
-            f"tensor {name!r} of {source.info(name).file} names groups beyond the {num_groups} that have scales: the "
-            "file is damaged, download it again"
-        )
-    return group
 
 
 def _packed(source: TensorSource, names: frozenset[str], module: str, groups: list[Mapping[str, Any]]) -> Layer:

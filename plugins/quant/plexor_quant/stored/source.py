@@ -109,7 +109,8 @@ class RoundedSource:
         if stored.skipped and stored.scale.shape[-1] > 1:
             return None
         size = len(columns) if stored.scale.shape[-1] == 1 else stored.group_size
-        return Grid(stored.scale, stored.zero_point, size, layer.dtype, layer.bits)
+        moved = stored.zero_point is not None and bool(stored.zero_point.any())
+        return Grid(stored.scale, stored.zero_point if moved else None, size, layer.dtype, layer.bits)
 
     def close(self) -> None:
         self._source.close()
@@ -140,6 +141,7 @@ class Blocks:
             slice(p.start // each, -(-p.stop // each)) for p, each in zip((rows, columns), self.block, strict=True)
         ]
         stored = self.source.read(self.name, tuple(spans)[: len(self.source.info(self.name).shape)])
+        stored = stored.float() if stored.is_floating_point() else stored  # one-byte floats cannot be indexed
         stored = stored.reshape(spans[0].stop - spans[0].start, -1)
         row = torch.arange(rows.start, rows.stop, device=stored.device) // self.block[0] - spans[0].start
         return stored[row]
@@ -206,6 +208,17 @@ def read_packed(source: TensorSource, name: str, others: range, packed: range, a
     numbers = unpacked(stored.T if axis == 0 else stored, bits)
     start = packed.start - words.start * each
     return numbers[:, start : start + len(packed)]
+
+
+def read_order(source: TensorSource, name: str, columns: range, num_groups: int) -> Tensor:
+    """The group of each of these input features; CheckpointError for a group that there is not."""
+    group = source.read(name, (slice(columns.start, columns.stop),)).long()
+    if bool(((group < 0) | (group >= num_groups)).any()):
+        raise CheckpointError(
+            f"tensor {name!r} of {source.info(name).file} names groups beyond the {num_groups} that have scales: the "
+            "file is damaged, download it again"
+        )
+    return group
 
 
 def sizes_of(source: TensorSource, name: str) -> tuple[int, int]:

@@ -1,0 +1,112 @@
+"""The layout of AutoAWQ's checkpoints, version gemm: 4-bit integers packed along the output features in a fixed order.
+
+Method: Lin et al., "AWQ" (arXiv 2306.00978). In a word the numbers of eight output features lie like this:
+
+    bits   31..28  27..24  23..20  19..16  15..12  11..8   7..4   3..0
+    feature     7       5       3       1       6      4      2      0
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plexor.api import CheckpointError, TensorSource
+from plexor_quant.stored.source import (
+    FLOATS,
+    Codes,
+    Layer,
+    RoundedSource,
+    checked_scale,
+    companion,
+    expect,
+    group_block,
+    sizes_of,
+    unpacked,
+)
+
+SLOT_OF_FEATURE = (0, 4, 1, 5, 2, 6, 3, 7)
+HALF = 8
+
+
+def recognises(quantization: Mapping[str, Any]) -> bool:
+    return quantization.get("quant_method") == "awq"
+
+
+def precision(quantization: Mapping[str, Any]) -> str:
+    """ "dense", because no other has zero points."""
+    return "dense"
+
+
+def open_source(source: TensorSource, quantization: Mapping[str, Any]) -> TensorSource:
+    """Shows dense weights; CheckpointError for versions and widths that are not read."""
+    version = str(quantization.get("version", "gemm")).lower()
+    bits = quantization.get("bits", quantization.get("w_bit"))
+    zero_point = quantization.get("zero_point", True)
+    if version != "gemm" or bits != 4 or zero_point is not True:
+        raise CheckpointError(
+            f"the weights are stored by AWQ in the version {version!r} with {bits} bits and zero_point {zero_point!r}, "
+            "of which 'gemm' with 4 bits and zero points is read: use a checkpoint of that version"
+        )
+    names = frozenset(source.names())
+    layers: dict[str, Layer] = {}
+    hidden: set[str] = set()
+    for name in source.names():
+        module, _, last = name.rpartition(".")
+        if last == "qweight":
+            layers[f"{module}.weight"] = _layer(source, names, module, quantization)
+            hidden |= {f"{module}.qzeros", f"{module}.scales"}
+    return RoundedSource(source, layers, frozenset(hidden))
+
+
+def _group_size(quantization: Mapping[str, Any]) -> int:
+    given = quantization.get("group_size", quantization.get("q_group_size"))
+    return given if isinstance(given, int) else 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """A Layer of "qweight" int32 [in, out / 8], "scales" [groups, out] and "qzeros" int32 [groups, out / 8]."""
+
+    source: TensorSource
+    name: str
+    scales: str
+    zeros: str
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    bits: int
+    size: int
+
+    def codes(self, rows: range, columns: range) -> Codes:
+        groups = range(columns.start // self.size, -(-columns.stop // self.size))
+        index = slice(groups.start, groups.stop), slice(rows.start, rows.stop)
+        scale = checked_scale(self.source, self.scales, self.source.read(self.scales, index)).T.contiguous()
+        zero = self._numbers(self.zeros, groups, rows)
+        return Codes(self._numbers(self.name, columns, rows), scale, zero, self.size, columns.start % self.size)
+
+    def _numbers(self, name: str, lines: range, rows: range) -> Tensor:
+        """int32 [rows, lines] from -8 to 7 of a tensor [lines, out / 8]."""
+        words = slice(rows.start // 8, -(-rows.stop // 8))
+        stored = unpacked(self.source.read(name, (slice(lines.start, lines.stop), words)), 4)
+        slots = torch.tensor(SLOT_OF_FEATURE, device=stored.device)
+        ordered = stored.reshape(len(lines), -1, 8)[:, :, slots].flatten(1)
+        start = rows.start - words.start * 8
+        return ordered[:, start : start + len(rows)].T - HALF
+
+
+def _layer(source: TensorSource, names: frozenset[str], module: str, quantization: Mapping[str, Any]) -> Layer:
+    name = f"{module}.qweight"
+    columns, words = sizes_of(source, name)
+    expect(source, name, (columns, words), (torch.int32,))
+    given = _group_size(quantization)
+    size = columns if given == -1 else given
+    group_block(source, name, columns, size)
+    scales = companion(source, names, name, f"{module}.scales")
+    expect(source, scales, (columns // size, words * 8), FLOATS)
+    zeros = companion(source, names, name, f"{module}.qzeros")
+    expect(source, zeros, (columns // size, words), (torch.int32,))
+    return _Layer(source, name, scales, zeros, (words * 8, columns), torch.int8, 4, size)

@@ -1,0 +1,125 @@
+"""The layout of GPTQ's checkpoints, first and second version: integers packed along the input features.
+
+Method: Frantar et al., "GPTQ" (arXiv 2210.17323); layout: AutoGPTQ and GPTQModel. The first version stores zero points
+less one. Some symmetric checkpoints name the first and hold the second; their zero point is known to be the middle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from plexor.api import CheckpointError, TensorSource
+from plexor_quant.stored.source import (
+    FLOATS,
+    Codes,
+    Layer,
+    RoundedSource,
+    checked_scale,
+    companion,
+    expect,
+    group_block,
+    read_order,
+    read_packed,
+    sizes_of,
+)
+
+VERSIONS = ("gptq", "gptq_v2")
+PACKED_BITS = (4, 8)
+
+
+def recognises(quantization: Mapping[str, Any]) -> bool:
+    return quantization.get("quant_method") == "gptq"
+
+
+def precision(quantization: Mapping[str, Any]) -> str:
+    """A 4-bit one for symmetric weights in groups of its size; "dense" for all others."""
+    if not quantization.get("sym", False) or quantization.get("desc_act", False) or quantization.get("bits") != 4:
+        return "dense"
+    kept = {-1: "int4_wo_channel", 32: "int4_wo_g32", 64: "int4_wo_g64", 128: "int4_wo"}
+    return kept.get(quantization.get("group_size", 0), "dense")
+
+
+def open_source(source: TensorSource, quantization: Mapping[str, Any]) -> TensorSource:
+    """Shows dense weights; CheckpointError for versions and widths that are not read."""
+    version, bits = quantization.get("checkpoint_format", "gptq"), quantization.get("bits")
+    if version not in VERSIONS:
+        raise CheckpointError(
+            f"the weights are stored in the GPTQ format {version!r}, of which {' and '.join(VERSIONS)} are read: use a "
+            "checkpoint in one of these"
+        )
+    if bits not in PACKED_BITS:
+        raise CheckpointError(f"the weights are stored by GPTQ in {bits} bits, of which 4 and 8 are read: use another")
+    names = frozenset(source.names())
+    layers: dict[str, Layer] = {}
+    hidden: set[str] = set()
+    for name in source.names():
+        module, _, last = name.rpartition(".")
+        if last == "qweight":
+            layers[f"{module}.weight"] = _layer(source, names, module, quantization)
+            hidden |= {f"{module}.{part}" for part in ("qzeros", "scales", "g_idx")}
+    return RoundedSource(source, layers, frozenset(hidden))
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """A Layer of "qweight" int32 [in * bits / 32, out], "scales" [groups, out] and "qzeros" [groups, out * bits / 32].
+
+    zero_added: what is added to stored zero points, None where the zero point is the middle of the codes. order: as
+    "g_idx", None where groups are of `size` consecutive input features.
+    """
+
+    source: TensorSource
+    name: str
+    scales: str
+    zeros: str
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    bits: int
+    size: int
+    zero_added: int | None
+    order: str | None
+
+    def codes(self, rows: range, columns: range) -> Codes:
+        half = 1 << (self.bits - 1)
+        numbers = read_packed(self.source, self.name, rows, columns, 0, self.bits) - half
+        touched = columns if self.order is None else range(self.shape[1])
+        groups = range(touched.start // self.size, -(-touched.stop // self.size))
+        index = slice(groups.start, groups.stop), slice(rows.start, rows.stop)
+        scale = checked_scale(self.source, self.scales, self.source.read(self.scales, index)).T.contiguous()
+        zero = None
+        if self.zero_added is not None:
+            stored = read_packed(self.source, self.zeros, groups, rows, 1, self.bits).T
+            zero = (
+                (stored + self.zero_added) & (2 * half - 1)
+            ) - half  # less than zero, the first version wraps around
+        if self.order is None:
+            return Codes(numbers, scale, zero, self.size, columns.start % self.size)
+        group = read_order(self.source, self.order, columns, scale.shape[1])
+        return Codes(numbers, scale[:, group], None if zero is None else zero[:, group])
+
+
+def _layer(source: TensorSource, names: frozenset[str], module: str, quantization: Mapping[str, Any]) -> Layer:
+    name = f"{module}.qweight"
+    bits = int(quantization["bits"])
+    words, out = sizes_of(source, name)
+    columns = words * 32 // bits
+    expect(source, name, (words, out), (torch.int32,))
+    given = quantization.get("group_size")
+    size = columns if given == -1 else given if isinstance(given, int) else 0
+    group_block(source, name, columns, size)
+    scales = companion(source, names, name, f"{module}.scales")
+    expect(source, scales, (columns // size, out), FLOATS)
+    zeros = companion(source, names, name, f"{module}.qzeros")
+    expect(source, zeros, (columns // size, -(-out * bits // 32)), (torch.int32,))
+    added = int(quantization.get("checkpoint_format", "gptq") == "gptq")
+    order = f"{module}.g_idx" if f"{module}.g_idx" in names else None
+    if order is not None:
+        expect(source, order, (columns,), (torch.int32, torch.int64))
+        if torch.equal(source.read(order).cpu(), torch.arange(columns, dtype=source.info(order).dtype) // size):
+            order = None
+    zero_added = None if quantization.get("sym", False) else added
+    return _Layer(source, name, scales, zeros, (out, columns), torch.int8, bits, size, zero_added, order)
