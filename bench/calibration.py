@@ -1,8 +1,8 @@
 """Measures what calibration gives: perplexity of a text after plain rounding and after each step of calibration.
 
-    python bench/calibration.py MODEL --text FILE [--calibrate FILE] [--precision w4a_fp8] [--windows 64] [--window 512]
+    python bench/calibration.py MODEL --text FILE [--calibrate FILE] [--precision w4a_fp8] [--windows 48] [--window 512]
 
-Without --calibrate the calibration text is the running Python's standard library, without the modules that
+Without --calibrate the calibration text is drawn from the running Python's standard library, without the modules that
 plugins/demo/training held out. Rows: "nearest" (plain rounding), "clip" (AWQ's clip search), "gptq", and each of them
 with smoothing folded into the layers before. Everything stays in memory: rounded weights and divided gains are put
 into a model that was loaded with the precision, and the text runs through its own kernels.
@@ -34,6 +34,9 @@ from plexor_quant.calibration.scheme import Scheme, find_scheme
 
 DTYPE = torch.bfloat16
 SCORED = 1024
+EXCERPT = 2000
+"""Characters of each file: many files say more about the inputs than much of a few."""
+
 DEMO_TRAINING = Path(__file__).parent.parent / "plugins" / "demo" / "training"
 ROUNDINGS = {"nearest": nearest, "clip": clipped, "gptq": gptq}
 SEED = 20261122
@@ -42,7 +45,7 @@ SEED = 20261122
 def main() -> None:
     arguments = _arguments()
     catalog = Catalog.load()
-    text = arguments.text.read_text(encoding="utf-8")[: arguments.bytes]
+    text = arguments.text.read_text(encoding="utf-8")[: arguments.characters]
     source = arguments.calibrate.read_text(encoding="utf-8") if arguments.calibrate else _standard_library()
     rows = [("dense", _score(arguments, catalog, text, "dense"), 0.0)]
     scheme = find_scheme(arguments.precision)
@@ -64,23 +67,25 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--bytes", type=int, default=None, help="of the text (default: all)")
+    parser.add_argument("--characters", type=int, default=None, help="characters of the text (default: all)")
     parser.add_argument("--calibrate", type=Path)
     parser.add_argument("--precision", default="w4a_fp8")
     parser.add_argument("--window", type=int, default=512)
-    parser.add_argument("--windows", type=int, default=64)
+    parser.add_argument("--windows", type=int, default=48)
     parser.add_argument("--rows", nargs="+", default=[n + s for s in ("", "+smooth") for n in ROUNDINGS])
     return parser.parse_args()
 
 
 def _standard_library() -> str:
-    """Sources of the standard library that the demo's training may have seen, in a fixed random order."""
+    """Excerpts of the standard library's sources that the demo's training may have seen, drawn with a fixed seed."""
     sys.path.insert(0, str(DEMO_TRAINING))
     from corpus import stdlib_documents
 
-    seen = [doc for doc in stdlib_documents(Path(sysconfig.get_paths()["stdlib"])) if not doc.held_out]
-    random.Random(SEED).shuffle(seen)
-    return "\n\n".join(document.text[:20_000] for document in seen[:200])
+    drawn = random.Random(SEED)
+    seen = [doc.text for doc in stdlib_documents(Path(sysconfig.get_paths()["stdlib"])) if not doc.held_out]
+    drawn.shuffle(seen)
+    starts = [drawn.randrange(max(1, len(text) - EXCERPT)) for text in seen]
+    return "\n\n".join(text[start : start + EXCERPT] for text, start in zip(seen, starts, strict=True))
 
 
 def _score(
