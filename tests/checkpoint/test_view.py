@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from plexor.checkpoint.view import GroupView, Interleaved, Rows, SourceView, Step, TensorView, Transpose
+from plexor.checkpoint.view import Grid, GroupView, Interleaved, Rows, SourceView, Step, TensorView, Transpose
 from plexor.errors import CheckpointError
 from plexor.testing.source import FILE, MemorySource
 
@@ -114,3 +114,21 @@ def test_values_that_are_not_finite_are_refused_where_they_are_read(bad: float) 
     assert view_of(whole).read(slice(0, 2)).shape == (2, 3)
     with pytest.raises(CheckpointError, match=r"weight.* in 1 of 3 values"):
         view_of(whole).read(slice(2, 3))
+
+
+class GridOfNumbers(MemorySource):
+    """Tells a grid whose scales are the numbers of the rows that are asked for."""
+
+    def grid(self, name: str, index: tuple[slice, ...] = ()) -> Grid | None:
+        rows = torch.arange(self.info(name).shape[0])[index[0]]
+        return Grid(rows.float().unsqueeze(1), None, self.info(name).shape[1], torch.int8, 8)
+
+
+def test_a_grid_follows_rows_and_no_step_that_moves_them() -> None:
+    base = SourceView(GridOfNumbers({"weight": numbered(12, 4)}), "weight")
+    part = Rows(4, 9, 12).apply(base).grid(slice(1, 3), slice(0, 4))
+    assert part is not None
+    assert part.scale.tolist() == [[5.0], [6.0]]
+    for step in (Transpose(), Interleaved(0, 2, 2)):
+        assert step.apply(base).grid(slice(0, 2), slice(0, 2)) is None
+    assert view_of(numbered(3, 4)).grid(slice(0, 2)) is None

@@ -16,13 +16,15 @@ def test_every_target_is_there() -> None:
     targets += [kernel.load for kernel in plugin.kernels()]
     targets += [precision.format for precision in plugin.precisions()]
     targets += [kv_format.storage for kv_format in plugin.kv_formats()]
+    targets += [target for spec in plugin.stored_weights() for target in (spec.recognises, spec.open, spec.precision)]
     assert all(callable(resolve(target)) for target in targets)
 
 
 def test_listing_does_not_import_torch() -> None:
     script = (
         "import sys; from plexor_quant import plugin; "
-        "plugin.ops(), plugin.kernels(), plugin.precisions(), plugin.kv_formats(); sys.exit('torch' in sys.modules)"
+        "plugin.ops(), plugin.kernels(), plugin.precisions(), plugin.kv_formats(), "
+        "plugin.stored_weights(); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from plexor import Engine, EngineConfig, SamplingParams
 from plexor.api import Catalog, CheckpointError, GroupedLinear, Linear
+from plexor.cli.main import main
 from plexor.testing.architecture import expected_tokens, load_model, random_prompts
 from plexor.testing.checkpoints import write_checkpoint
 
@@ -76,14 +77,17 @@ def blocks(weight: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def float8(
-    rows: int | None, columns: int | None, scale_name: str = "weight_scale"
+    rows: int | None,
+    columns: int | None,
+    scale_name: str = "weight_scale",
+    shape: tuple[int, ...] | None = None,
 ) -> Callable[..., tuple[Tensors, Tensor]]:
     def pack(weight: Tensor) -> tuple[Tensors, Tensor]:
         block = rows or weight.shape[0], columns or weight.shape[1]
         scale = (blocks(weight, *block) / 448).bfloat16().float()
         wide = spread(scale, *block, weight.shape)
         codes = (weight / wide).clamp(-448, 448).to(E4M3)
-        return {"weight": codes, scale_name: scale}, codes.float() * wide
+        return {"weight": codes, scale_name: scale if shape is None else scale.reshape(shape)}, codes.float() * wide
 
     return pack
 
@@ -92,6 +96,13 @@ def int8(weight: Tensor) -> tuple[Tensors, Tensor]:
     scale = (weight.abs().amax(1, keepdim=True) / 127.5).bfloat16()
     codes = (weight / scale.float()).round().clamp(-128, 127)
     return {"weight": codes.to(torch.int8), "weight_scale": scale}, codes * scale.float()
+
+
+def packed8(weight: Tensor) -> tuple[Tensors, Tensor]:
+    tensors, dense = int8(weight)
+    packed = pack_to_int32(tensors["weight"], 8)
+    shape = torch.tensor(weight.shape)
+    return {"weight_packed": packed, "weight_scale": tensors["weight_scale"], "weight_shape": shape}, dense
 
 
 def numbers4(weight: Tensor, size: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -198,6 +209,7 @@ LAYOUTS = {
         "dense",
     ),
     "w8a8": Layout(ct(weights("int", 8, "channel"), "int-quantized", INT8), int8, "int8_sq"),
+    "w8a16": Layout(ct(weights("int", 8, "channel"), "pack-quantized"), packed8, "int8_wo"),
     "w4a16": Layout(ct(weights("int", 4, "group", group_size=128), "pack-quantized"), packed4(128, True), "int4_wo"),
     "w4a16 32": Layout(
         ct(weights("int", 4, "group", group_size=32), "pack-quantized"), packed4(32, True), "int4_wo_g32"
@@ -227,9 +239,13 @@ LAYOUTS = {
         float8(128, 128, "weight_scale_inv"),
         "dense",
     ),
-    "tensor fp8": Layout({"quant_method": "fp8", "activation_scheme": "dynamic"}, float8(None, None), "fp8"),
-    "fbgemm fp8": Layout({"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}, float8(1, None), "fp8"),
-    "modelopt fp8": Layout({"quant_method": "modelopt", "quant_algo": "FP8"}, float8(None, None), "fp8"),
+    "tensor fp8": Layout(
+        {"quant_method": "fp8", "activation_scheme": "dynamic"}, float8(None, None, shape=(1,)), "fp8"
+    ),
+    "fbgemm fp8": Layout(
+        {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}, float8(1, None, shape=(-1,)), "fp8"
+    ),
+    "modelopt fp8": Layout({"quant_method": "modelopt", "quant_algo": "FP8"}, float8(None, None, shape=()), "fp8"),
 }
 LAYERS = re.compile(r"(model\.layers\.\d+\.(self_attn|mlp)\.\w+)\.weight")
 
@@ -356,6 +372,24 @@ def test_experts_are_kept_too(tmp_path: Path) -> None:
     for key, module in stacks.items():
         exact = meant_by[key].stored["weight"]
         torch.testing.assert_close(module.format.dense(module.stored), exact, rtol=2e-7, atol=0, msg=key)
+
+
+def test_explain_says_the_layout_and_why(plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stored, _ = write_layout(LAYOUTS["gptq 32"], plain, tmp_path)
+    for given, why in (((), "int4_wo_g32 was chosen to keep them"), (("--precision", "fp8"), "fp8 was asked for")):
+        assert main(["explain", str(stored), "--device", "cpu", *given]) == 0
+        assert f"stored quantised in the layout GPTQ; precision {why}" in capsys.readouterr().out
+
+
+def test_unused_scales_are_passed_over(plain: Path, tmp_path: Path) -> None:
+    stored, dense = write_layout(LAYOUTS["modelopt fp8"], plain, tmp_path)
+    tensors = load_file(stored / "model.safetensors")
+    tensors |= {
+        "model.layers.0.mlp.up_proj.input_scale": torch.ones(()),
+        "model.layers.1.self_attn.k_proj.k_scale": torch.ones(1),
+    }
+    save_file(tensors, stored / "model.safetensors")
+    assert answers(stored, [[5, 9]]) == answers(dense, [[5, 9]])
 
 
 NAME = "model.layers.1.mlp.up_proj."
