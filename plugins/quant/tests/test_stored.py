@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,6 @@ from torch import Tensor
 
 from plexor import Engine, EngineConfig, SamplingParams
 from plexor.api import Catalog, CheckpointError, GroupedLinear, Linear
-from plexor.cli.main import main
 from plexor.testing.architecture import expected_tokens, load_model, random_prompts
 from plexor.testing.checkpoints import write_checkpoint
 
@@ -374,11 +375,12 @@ def test_experts_are_kept_too(tmp_path: Path) -> None:
         torch.testing.assert_close(module.format.dense(module.stored), exact, rtol=2e-7, atol=0, msg=key)
 
 
-def test_explain_says_the_layout_and_why(plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_explain_says_the_layout_and_why(plain: Path, tmp_path: Path) -> None:
     stored, _ = write_layout(LAYOUTS["gptq 32"], plain, tmp_path)
     for given, why in (((), "int4_wo_g32 was chosen to keep them"), (("--precision", "fp8"), "fp8 was asked for")):
-        assert main(["explain", str(stored), "--device", "cpu", *given]) == 0
-        assert f"stored quantised in the layout GPTQ; precision {why}" in capsys.readouterr().out
+        command = [sys.executable, "-m", "plexor", "explain", str(stored), "--device", "cpu", *given]
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        assert f"stored quantised in the layout GPTQ; precision {why}" in said
 
 
 def test_unused_scales_are_passed_over(plain: Path, tmp_path: Path) -> None:
