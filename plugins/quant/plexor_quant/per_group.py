@@ -51,7 +51,7 @@ class PerGroupFormat:
         return grid.group_size % self.group_size == 0
 
     def keep(self, weight: Tensor, grid: Grid) -> dict[str, Tensor]:
-        """Codes may be -8 here. The scales become bfloat16, which float16's and float32's are rounded to; the codes stay."""
+        """Codes stay and may be -8 here; scales become bfloat16, which those of float16 or float32 are rounded to."""
         in_features = weight.shape[-1]
         codes = (weight / grid.scale.repeat_interleave(grid.group_size, dim=-1)[:, :in_features]).nan_to_num()
         size = self._size(in_features)
