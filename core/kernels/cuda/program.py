@@ -12,6 +12,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +51,23 @@ class Program:
 
 
 def load(name: str, defines: Mapping[str, int], threads: int, shared_bytes: int, cluster: int = 1) -> Program:
-    """The kernel of this name and source file, compiled for the current device with these macros."""
+    """The kernel of this name and source file, compiled for the current device with these macros.
+
+    All layers of a model that ask for the same get the same: it is read, compiled and loaded once for each device.
+    """
+    return _load(torch.cuda.current_device(), name, tuple(defines.items()), threads, shared_bytes, cluster)
+
+
+@cache
+def _load(
+    device: int, name: str, defines: tuple[tuple[str, int], ...], threads: int, shared_bytes: int, cluster: int
+) -> Program:
+    """As `load`, where `device` is the current one."""
     torch.cuda.current_stream()  # the driver's calls below need torch's context
     folder = Path(__file__).parent
-    macros = "".join(f"#define {key} {int(value)}\n" for key, value in defines.items())
+    macros = "".join(f"#define {key} {int(value)}\n" for key, value in defines)
     source = macros + "".join((folder / file).read_text() for file in ("linear.cuh", f"{name}.cu"))
-    major, minor = torch.cuda.get_device_capability()
+    major, minor = torch.cuda.get_device_capability(device)
     options = (f"--gpu-architecture=sm_{major}{minor}a", "-std=c++17")
     module = checked(driver.cuModuleLoadData(_machine_code(source, options)))
     function = checked(driver.cuModuleGetFunction(module, name.encode()))

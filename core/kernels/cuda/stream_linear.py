@@ -6,7 +6,6 @@ The kernel, its picture and its terms are in stream_linear.cu. It multiplies wei
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,14 +14,13 @@ from torch import Tensor
 from plexor.kernels.cuda.call import BOX, Call, num_multiprocessors
 from plexor.kernels.cuda.choice import Stream
 from plexor.kernels.cuda.layout import STREAM_WARPS, Variant, variant_for
-from plexor.kernels.cuda.program import Program, load, tensor_map
+from plexor.kernels.cuda.program import load, tensor_map
 
 
 class StreamLinear:
-    """The product of one layer. Compiled variants and the weight's tensor maps are kept from call to call."""
+    """The product of one layer. The weight's tensor maps are kept from call to call."""
 
     def __init__(self) -> None:
-        self._programs: dict[tuple[int, ...], Program] = {}
         self._weight_maps: dict[tuple[int, torch.Size, Variant, int], Any] = {}
 
     def launch(self, call: Call, cut: Stream) -> None:
@@ -46,19 +44,13 @@ class StreamLinear:
             "EPILOGUE": call.epilogue,
             "NARROW": call.narrow,
         }
-        program = self._program(defines, shared_bytes)
+        program = load("stream_linear", defines, (STREAM_WARPS + 2) * 32, shared_bytes)
         boxes = num_inputs // BOX
         weight_map = self._weight_map(weight, variant, pair)
         x_map = tensor_map(x, (BOX, num_rows, boxes), (x.stride(0), BOX), (BOX, x_rows, variant.boxes))
         gain_map = x_map if norm is None else tensor_map(norm.gain, (BOX, boxes), (BOX,), (BOX, variant.boxes))
         num_tiles = num_outputs // (16 * variant.blocks)
         program.launch(min(num_tiles, num_multiprocessors(x)), (weight_map, x_map, gain_map, arguments))
-
-    def _program(self, defines: Mapping[str, int], shared_bytes: int) -> Program:
-        key = (*defines.values(), shared_bytes)
-        if key not in self._programs:
-            self._programs[key] = load("stream_linear", defines, (STREAM_WARPS + 2) * 32, shared_bytes)
-        return self._programs[key]
 
     def _weight_map(self, weight: Tensor, variant: Variant, pair: int) -> Any:
         key = (weight.data_ptr(), weight.shape, variant, pair)

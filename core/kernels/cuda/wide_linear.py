@@ -13,17 +13,16 @@ from torch import Tensor
 from plexor.kernels.cuda.call import BOX, Call, num_multiprocessors
 from plexor.kernels.cuda.choice import Wide
 from plexor.kernels.cuda.layout import wide_layout
-from plexor.kernels.cuda.program import Program, load, tensor_map
+from plexor.kernels.cuda.program import load, tensor_map
 
 _ROWS = 64
 _THREADS = 320
 
 
 class WideLinear:
-    """The product of one layer. Compiled variants and the weight's tensor map are kept from call to call."""
+    """The product of one layer. The weight's tensor map is kept from call to call."""
 
     def __init__(self) -> None:
-        self._programs: dict[tuple[int, ...], Program] = {}
         self._weight_maps: dict[tuple[int, torch.Size, int], Any] = {}
 
     def launch(self, call: Call, cut: Wide) -> None:
@@ -35,14 +34,18 @@ class WideLinear:
         pair = call.pair or _ROWS
         arguments.num_rows, arguments.num_inputs, arguments.num_outputs = num_rows, num_inputs, num_outputs
         arguments.pair, arguments.stages = pair, stages
-        key = (columns, split, x.dtype == torch.float16, call.epilogue, call.narrow)
-        if key not in self._programs:
-            defines = dict(zip(("COLUMNS", "SPLIT", "HALF", "EPILOGUE", "NARROW"), key, strict=True))
-            self._programs[key] = load("wide_linear", defines, _THREADS, shared_bytes, cluster=split)
+        defines = {
+            "COLUMNS": columns,
+            "SPLIT": split,
+            "HALF": x.dtype == torch.float16,
+            "EPILOGUE": call.epilogue,
+            "NARROW": call.narrow,
+        }
+        program = load("wide_linear", defines, _THREADS, shared_bytes, cluster=split)
         x_map = tensor_map(x, (num_inputs, num_rows), (x.stride(0),), (BOX, columns))
         num_tiles = num_outputs // (2 * _ROWS)
         num_blocks = num_tiles * split if split > 1 else min(num_tiles, num_multiprocessors(x))
-        self._programs[key].launch(num_blocks, (self._weight_map(weight, pair), x_map, arguments))
+        program.launch(num_blocks, (self._weight_map(weight, pair), x_map, arguments))
 
     def _weight_map(self, weight: Tensor, pair: int) -> Any:
         """Eight rows of the first group, eight of the second, and so on by turns."""
