@@ -21,10 +21,11 @@ from plexor_quant.stored.source import (
     Codes,
     Layer,
     RoundedSource,
-    checked_scale,
     companion,
     expect,
     group_block,
+    groups_of,
+    scale_of_groups,
     sizes_of,
     unpacked,
 )
@@ -82,9 +83,8 @@ class _Layer:
     size: int
 
     def codes(self, rows: range, columns: range) -> Codes:
-        groups = range(columns.start // self.size, -(-columns.stop // self.size))
-        index = slice(groups.start, groups.stop), slice(rows.start, rows.stop)
-        scale = checked_scale(self.source, self.scales, self.source.read(self.scales, index)).T.contiguous()
+        groups = groups_of(columns, self.size)
+        scale = scale_of_groups(self.source, self.scales, groups, rows)
         zero = self._numbers(self.zeros, groups, rows)
         return Codes(self._numbers(self.name, columns, rows), scale, zero, self.size, columns.start % self.size)
 

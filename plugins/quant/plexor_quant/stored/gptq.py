@@ -18,12 +18,13 @@ from plexor_quant.stored.source import (
     Codes,
     Layer,
     RoundedSource,
-    checked_scale,
     companion,
     expect,
     group_block,
+    groups_of,
     read_order,
     read_packed,
+    scale_of_groups,
     sizes_of,
 )
 
@@ -86,16 +87,13 @@ class _Layer:
     def codes(self, rows: range, columns: range) -> Codes:
         half = 1 << (self.bits - 1)
         numbers = read_packed(self.source, self.name, rows, columns, 0, self.bits) - half
-        touched = columns if self.order is None else range(self.shape[1])
-        groups = range(touched.start // self.size, -(-touched.stop // self.size))
-        index = slice(groups.start, groups.stop), slice(rows.start, rows.stop)
-        scale = checked_scale(self.source, self.scales, self.source.read(self.scales, index)).T.contiguous()
+        groups = groups_of(columns if self.order is None else range(self.shape[1]), self.size)
+        scale = scale_of_groups(self.source, self.scales, groups, rows)
         zero = None
         if self.zero_added is not None:
             stored = read_packed(self.source, self.zeros, groups, rows, 1, self.bits).T
-            zero = (
-                (stored + self.zero_added) & (2 * half - 1)
-            ) - half  # less than zero, the first version wraps around
+            # Less than zero, the first version wraps around.
+            zero = ((stored + self.zero_added) & (2 * half - 1)) - half
         if self.order is None:
             return Codes(numbers, scale, zero, self.size, columns.start % self.size)
         group = read_order(self.source, self.order, columns, scale.shape[1])

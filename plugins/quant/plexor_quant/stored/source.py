@@ -151,6 +151,17 @@ class Blocks:
         return checked_scale(self.source, self.name, self.read(rows, columns))
 
 
+def groups_of(columns: range, size: int) -> range:
+    """The groups of `size` input features that these columns touch."""
+    return range(columns.start // size, -(-columns.stop // size))
+
+
+def scale_of_groups(source: TensorSource, name: str, groups: range, rows: range) -> Tensor:
+    """The part [rows, groups] of scales that lie as [groups, out], checked."""
+    index = slice(groups.start, groups.stop), slice(rows.start, rows.stop)
+    return checked_scale(source, name, source.read(name, index)).T.contiguous()
+
+
 def checked_scale(source: TensorSource, name: str, scale: Tensor) -> Tensor:
     """A part of a tensor of scales as float32; CheckpointError if one of them is no finite number from 0 on."""
     scale = scale.float()
