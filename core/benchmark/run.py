@@ -25,7 +25,7 @@ from plexor.config import EngineConfig
 from plexor.errors import PlexorError
 from plexor.extension.catalog import Catalog
 from plexor.runtime.engine import Engine
-from plexor.runtime.ledger import RunPlan, make_plan
+from plexor.runtime.ledger import RunPlan, count_run
 from plexor.runtime.loading import plan_model
 
 Say = Callable[[str], None]
@@ -115,7 +115,7 @@ def find_limits(
     cost = count_model(built)
     rates = measure_rates(built.build.device, built.build.dtype, cost)
     bounds = {workload: bound_workload(workload, cost, rates, config.max_sequences) for workload in workloads}
-    return Limits(rates, bounds, make_plan(config, catalog, folder))
+    return Limits(rates, bounds, count_run(config, built))
 
 
 def make_labels(shape: str, config: EngineConfig, device: torch.device, plan: RunPlan, commit: str | None) -> Labels:
@@ -128,7 +128,7 @@ def make_labels(shape: str, config: EngineConfig, device: torch.device, plan: Ru
 def make_figures(measured: Measured, limits: Limits, labels: Labels) -> list[Figure]:
     """Every figure of a run beside its limit, in the order of the table."""
     rows = [row for workload, timing in measured.timings.items() for row in _rows(workload, timing, limits.bounds)]
-    planned = sum(line.num_bytes for line in limits.plan.lines if line.name != "left") / GIB
+    planned = limits.plan.taken / GIB
     rows.append(("all", "peak memory", measured.memory.peak / GIB, "GiB", planned))
     if measured.memory.used is not None:
         rows.append(("all", "memory in use on the device", measured.memory.used / GIB, "GiB", planned))

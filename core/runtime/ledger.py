@@ -52,8 +52,11 @@ class RunPlan:
 def make_plan(config: EngineConfig, catalog: Catalog, folder: ModelFolder) -> RunPlan:
     """Build the model from tensors that take no memory, and count."""
     config = settle_precision(config, catalog, folder)
-    table = catalog.kernel_table(config.kernels)
-    built = plan_model(config, catalog, table, folder)
+    return count_run(config, plan_model(config, catalog, catalog.kernel_table(config.kernels), folder))
+
+
+def count_run(config: EngineConfig, built: BuiltModel) -> RunPlan:
+    """The plan of a model that has been built so; config.precision is the one that it has."""
     device = built.build.device
     each = block_bytes(built.model, built.build, config.block_size)
     max_length = context_length(config, built)
@@ -81,7 +84,7 @@ def make_plan(config: EngineConfig, catalog: Catalog, folder: ModelFolder) -> Ru
         str(built.build.dtype).removeprefix("torch."),
         max_length,
         built.config.vocab_size,
-        table.choices,
+        built.build.table.choices,
         lines,
         _verdict(left, num_blocks, cached, max_length),
     )
