@@ -9,10 +9,11 @@ class Int4WeightFormat(PerGroupFormat):
     """Keeps "weight" uint8 [out, ceil(in / 2)], "scale" bfloat16 [out, ceil(in / group_size)]; a LinearFormat.
 
     group_size: consecutive input features that share a scale, even; a row's last group may be shorter. None: a row's.
+    zero_points: keeps "zero" uint8 of scale's shape too.
     """
 
-    def __init__(self, group_size: int | None = 128) -> None:
-        super().__init__(group_size, op="int4_wo_linear", grouped_op="int4_wo_grouped_linear")
+    def __init__(self, group_size: int | None = 128, zero_points: bool = False) -> None:
+        super().__init__(group_size, "int4_wo_linear", "int4_wo_grouped_linear", zero_points)
 
 
 def groups_of_64() -> Int4WeightFormat:

@@ -1,4 +1,4 @@
-"""Four-bit weights: numbers from -7 to 7 in groups along the input features, two to a byte."""
+"""Four-bit weights: sixteen numbers in groups along the input features, two to a byte."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 INT4_MAX = 7.0
+NIBBLE_MAX = 15
 ZERO = 8
 """A nibble holds a number plus 8."""
 
@@ -36,6 +37,29 @@ def round_int4(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     return pack(numbers.flatten(-2)[..., :in_features].to(torch.int8)), scale
 
 
+def round_uint4(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """weight [..., in] -> packed uint8 [..., ceil(in / 2)], scale bfloat16 and zero uint8 [..., num_groups].
+
+    A group's sixteen numbers run from its smallest weight to its largest, zero always among them. Its scale is rounded
+    up to bfloat16, so that none is clipped by more than half a step.
+    """
+    in_features = weight.shape[-1]
+    num = num_groups(in_features, group_size)
+    padded = functional.pad(weight.float(), (0, num * group_size - in_features))
+    grouped = padded.reshape(*weight.shape[:-1], num, group_size)
+    low, high = grouped.amin(dim=-1).clamp_max(0), grouped.amax(dim=-1).clamp_min(0)
+    scale = _rounded_up((high / NIBBLE_MAX - low / NIBBLE_MAX).clamp_min(SMALLEST_SCALE))
+    zero = (-low / scale).round()
+    nibbles = (grouped / scale.unsqueeze(-1) + zero.unsqueeze(-1)).round().clamp(0, NIBBLE_MAX)
+    numbers = nibbles.flatten(-2)[..., :in_features] - ZERO
+    return pack(numbers.to(torch.int8)), scale.to(torch.bfloat16), zero.to(torch.uint8)
+
+
+def _rounded_up(scale: Tensor) -> Tensor:
+    """The next bfloat16 numbers from these positive float32 ones on, still as float32."""
+    return ((scale.view(torch.int32) + 0xFFFF) & ~0xFFFF).view(torch.float32)
+
+
 def pack(numbers: Tensor) -> Tensor:
     """int8 [..., in] from -8 to 7 -> uint8 [..., ceil(in / 2)]; an even feature in the low nibble.
 
@@ -57,7 +81,17 @@ def is_odd(packed: Tensor) -> bool:
     return bool((packed[..., -1] >> 4 == PADDING).all())
 
 
-def widen(packed: Tensor, scale: Tensor, in_features: int, group_size: int) -> Tensor:
-    """packed [..., ceil(in / 2)], scale [..., num_groups] -> float32 [..., in], exactly what the nibbles mean."""
-    numbers = unpack(packed)[..., :in_features].float()
-    return numbers * scale.float().repeat_interleave(group_size, dim=-1)[..., :in_features]
+def widen(packed: Tensor, scale: Tensor, in_features: int, group_size: int, zero: Tensor | None = None) -> Tensor:
+    """packed [..., ceil(in / 2)], scale [..., num_groups] -> float32 [..., in], exactly what the nibbles mean.
+
+    zero: uint8 [..., num_groups], the nibble that means zero in each group; None: 8 in all.
+    """
+    numbers = unpack(packed)[..., :in_features]
+    if zero is not None:
+        numbers -= spread(zero.to(torch.int8) - ZERO, in_features, group_size)
+    return numbers.float() * spread(scale.float(), in_features, group_size)
+
+
+def spread(each: Tensor, in_features: int, group_size: int) -> Tensor:
+    """A number for each group [..., num_groups] -> one for each input feature [..., in]."""
+    return each.repeat_interleave(group_size, dim=-1)[..., :in_features]

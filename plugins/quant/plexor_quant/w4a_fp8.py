@@ -9,7 +9,8 @@ class W4AFp8Format(PerGroupFormat):
     """Keeps "weight" uint8 [out, ceil(in / 2)], "scale" bfloat16 [out, ceil(in / group_size)]; a LinearFormat.
 
     group_size: consecutive input features that share a scale, even; a row's last group may be shorter.
+    zero_points: keeps "zero" uint8 of scale's shape too.
     """
 
-    def __init__(self, group_size: int = 128) -> None:
-        super().__init__(group_size, op="w4a_fp8_linear", grouped_op="w4a_fp8_grouped_linear")
+    def __init__(self, group_size: int = 128, zero_points: bool = False) -> None:
+        super().__init__(group_size, "w4a_fp8_linear", "w4a_fp8_grouped_linear", zero_points)

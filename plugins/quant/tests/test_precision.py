@@ -82,12 +82,24 @@ FORMATS: list[tuple[LinearFormat, Grid]] = [
 IDS = ["fp8", "int8_sq", "w4a_fp8", "int8_wo", "int4_wo", "int4_wo_g64", "int4_wo_g32", "int4_wo_channel"]
 
 
+ZERO_POINTS: list[tuple[LinearFormat, Grid]] = [
+    (W4AFp8Format(128, zero_points=True), INT4),
+    (Int4WeightFormat(128, zero_points=True), int4_wo_grid(128)),
+    (Int4WeightFormat(32, zero_points=True), int4_wo_grid(32)),
+    (Int4WeightFormat(None, zero_points=True), int4_wo_grid(1 << 20)),
+]
+
+
 def table() -> KernelTable:
     return KernelTable(plugin.ops(), plugin.kernels())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("number_format", "grid"), FORMATS, ids=IDS)
+@pytest.mark.parametrize(
+    ("number_format", "grid"),
+    [*FORMATS, *ZERO_POINTS],
+    ids=[*IDS, "w4a_fp8 zero", "int4_wo zero", "g32 zero", "channel zero"],
+)
 def test_contract(number_format: LinearFormat, grid: Grid, dtype: torch.dtype) -> None:
     check_precision(number_format, table=table(), grid=grid, dtype=dtype)
 
@@ -181,6 +193,15 @@ def test_every_four_bit_number_survives_packing() -> None:
     pairs = torch.cartesian_prod(numbers, numbers)
     assert torch.equal(unpack(pack(pairs)), pairs)
     assert pack(torch.tensor([1, -2], dtype=torch.int8)).tolist() == [9 + (6 << 4)]
+
+
+def test_zero_points_halve_the_step_of_weights_of_one_sign() -> None:
+    weight = torch.rand(9, 256, generator=torch.Generator().manual_seed(3)) + 0.01
+    errors = []
+    for zero_points in (False, True):
+        number_format = Int4WeightFormat(64, zero_points)
+        errors.append((number_format.dense(number_format.convert(weight)) - weight).square().mean().sqrt())
+    assert errors[1] < 0.6 * errors[0]
 
 
 def test_an_odd_row_is_told_from_an_even_one() -> None:

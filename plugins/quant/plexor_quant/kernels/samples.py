@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from itertools import accumulate
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate, product
 
 import torch
 from torch import Tensor
@@ -52,7 +52,8 @@ def int8_linear(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
 
 
 def w4a_fp8_linear(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
-    return _dense(W4AFp8Format(GROUP_SIZE), (GROUP_SIZE,), device, dtype)
+    for zero_points in (False, True):
+        yield from _dense(W4AFp8Format(GROUP_SIZE, zero_points), (GROUP_SIZE,), device, dtype)
 
 
 def int8_wo_linear(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
@@ -60,8 +61,8 @@ def int8_wo_linear(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]
 
 
 def int4_wo_linear(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
-    for group_size in GROUP_SIZES:
-        yield from _dense(Int4WeightFormat(group_size), (group_size,), device, dtype)
+    for group_size, zero_points in product(GROUP_SIZES, (False, True)):
+        yield from _dense(Int4WeightFormat(group_size, zero_points), (group_size,), device, dtype)
 
 
 def fp8_grouped_linear(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
@@ -73,7 +74,8 @@ def int8_grouped_linear(device: torch.device, dtype: torch.dtype) -> Iterable[Sa
 
 
 def w4a_fp8_grouped_linear(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
-    return _stacks(W4AFp8Format(GROUP_SIZE), (GROUP_SIZE,), device, dtype)
+    for zero_points in (False, True):
+        yield from _stacks(W4AFp8Format(GROUP_SIZE, zero_points), (GROUP_SIZE,), device, dtype)
 
 
 def int8_wo_grouped_linear(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
@@ -81,8 +83,8 @@ def int8_wo_grouped_linear(device: torch.device, dtype: torch.dtype) -> Iterable
 
 
 def int4_wo_grouped_linear(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
-    for group_size in GROUP_SIZES:
-        yield from _stacks(Int4WeightFormat(group_size), (group_size,), device, dtype)
+    for group_size, zero_points in product(GROUP_SIZES, (False, True)):
+        yield from _stacks(Int4WeightFormat(group_size, zero_points), (group_size,), device, dtype)
 
 
 def _dense(
@@ -91,10 +93,10 @@ def _dense(
     generator = torch.Generator().manual_seed(21)
     for num_tokens, in_features, out_features in SIZES:
         stored = number_format.convert(_weight(generator, out_features, in_features).to(device))
-        shape = (("out_features", out_features), ("in_features", in_features))
+        shape = (("out_features", out_features), ("in_features", in_features), *_facts(sizes, stored))
         for name, x in _activations(generator, num_tokens, in_features, device, dtype):
             name = f"{num_tokens} x {in_features} by {out_features}, {name}"
-            yield Sample(name, (x, stored["weight"], stored["scale"], *sizes), shape=shape)
+            yield Sample(name, (x, stored["weight"], stored["scale"], *sizes, *_zero(stored)), shape=shape)
 
 
 def _stacks(
@@ -103,11 +105,21 @@ def _stacks(
     generator = torch.Generator().manual_seed(22)
     for rows, num_strays, in_features, out_features in STACKS:
         stored = number_format.convert(_weight(generator, len(rows), out_features, in_features).to(device))
-        shape = (("out_features", out_features), ("in_features", in_features), ("groups", len(rows)))
+        features = (("out_features", out_features), ("in_features", in_features))
+        shape = (*features, ("groups", len(rows)), *_facts(sizes, stored))
         for name, x in _activations(generator, sum(rows) + num_strays, in_features, device, dtype):
             name = f"groups of {rows} and {num_strays} of none, {in_features} by {out_features}, {name}"
-            args = (x, stored["weight"], stored["scale"], *sizes, _ends(rows).to(device))
+            args = (x, stored["weight"], stored["scale"], *sizes, _ends(rows).to(device), *_zero(stored))
             yield Sample(name, args, shape=shape)
+
+
+def _facts(sizes: tuple[int, ...], stored: Mapping[str, Tensor]) -> tuple[tuple[str, int], ...]:
+    """What the kernels of a product are chosen on besides its sizes."""
+    return (*(("group_size", size) for size in sizes), *(("zero_points", 1) for _ in _zero(stored)))
+
+
+def _zero(stored: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    return (stored["zero"],) if "zero" in stored else ()
 
 
 def _ends(rows: Sequence[int]) -> Tensor:

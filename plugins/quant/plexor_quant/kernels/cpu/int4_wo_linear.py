@@ -11,9 +11,12 @@ PIECE = 256
 """Rows of the weight that are widened at once: a MiB or a few, read again at once from a cache."""
 
 
-def int4_wo_linear(x: Tensor, weight: Tensor, scale: Tensor, group_size: int) -> Tensor:
+def int4_wo_linear(x: Tensor, weight: Tensor, scale: Tensor, group_size: int, zero: Tensor | None = None) -> Tensor:
     """As plexor_quant.kernels.reference.int4_wo_linear."""
     widened = x.float()
-    pieces = zip(weight.split(PIECE), scale.split(PIECE), strict=True)
-    sums = [widened @ widen(rows, scales, x.shape[1], group_size).T for rows, scales in pieces]
+    sums = []
+    for start in range(0, weight.shape[0], PIECE):
+        piece = slice(start, start + PIECE)
+        zeros = None if zero is None else zero[piece]
+        sums.append(widened @ widen(weight[piece], scale[piece], x.shape[1], group_size, zeros).T)
     return torch.cat(sums, dim=1).to(x.dtype)

@@ -8,13 +8,16 @@ from plexor_quant.kernels.reference.groups import by_group
 from plexor_quant.kernels.reference.w4a_fp8_linear import w4a_fp8_linear
 
 
-def w4a_fp8_grouped_linear(x: Tensor, weight: Tensor, scale: Tensor, group_size: int, group_end: Tensor) -> Tensor:
+def w4a_fp8_grouped_linear(
+    x: Tensor, weight: Tensor, scale: Tensor, group_size: int, group_end: Tensor, zero: Tensor | None = None
+) -> Tensor:
     """x [M, in], weight uint8 [G, out, ceil(in / 2)], scale bfloat16 [G, out, ceil(in / group_size)] -> [M, out].
 
-    group_end: [G] int32. Each group's rows as in w4a_fp8_linear; rows from group_end[-1] on come back as zeros.
+    group_end: [G] int32; zero: uint8 [G, out, ceil(in / group_size)] or None. Each group's rows as in
+    w4a_fp8_linear; rows from group_end[-1] on come back as zeros.
     """
 
     def multiply(rows: Tensor, group: int) -> Tensor:
-        return w4a_fp8_linear(rows, weight[group], scale[group], group_size)
+        return w4a_fp8_linear(rows, weight[group], scale[group], group_size, None if zero is None else zero[group])
 
     return by_group(x, weight.shape[1], group_end, multiply)

@@ -8,9 +8,10 @@ from torch.nn import functional
 from plexor_quant.packing import widen
 
 
-def int4_wo_linear(x: Tensor, weight: Tensor, scale: Tensor, group_size: int) -> Tensor:
+def int4_wo_linear(x: Tensor, weight: Tensor, scale: Tensor, group_size: int, zero: Tensor | None = None) -> Tensor:
     """x bfloat16 [T, in], weight uint8 [out, ceil(in / 2)], scale bfloat16 [out, num_groups] -> bfloat16 [T, out].
 
-    Widened weights are rounded to bfloat16, which the reference does not do.
+    zero: uint8 [out, num_groups] or None, as in the reference. Widened weights are rounded to bfloat16, which
+    it does not do.
     """
-    return functional.linear(x, widen(weight, scale, x.shape[1], group_size).to(x.dtype))
+    return functional.linear(x, widen(weight, scale, x.shape[1], group_size, zero).to(x.dtype))

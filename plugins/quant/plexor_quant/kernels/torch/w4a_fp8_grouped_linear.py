@@ -11,14 +11,17 @@ from plexor_quant.packing import widen
 from plexor_quant.rounding import round_e4m3
 
 
-def w4a_fp8_grouped_linear(x: Tensor, weight: Tensor, scale: Tensor, group_size: int, group_end: Tensor) -> Tensor:
+def w4a_fp8_grouped_linear(
+    x: Tensor, weight: Tensor, scale: Tensor, group_size: int, group_end: Tensor, zero: Tensor | None = None
+) -> Tensor:
     """x bfloat16 [M, in], weight uint8 [G, out, ceil(in / 2)], scale bfloat16 [G, out, num_groups] -> [M, out].
 
-    group_end: [G] int32. The result is bfloat16. Rounds as the dense provider does.
+    group_end: [G] int32; zero: uint8 [G, out, num_groups] or None. The result is bfloat16. Rounds as the dense
+    provider does.
     """
     if x.shape[0] == 0:
         return x.new_empty(0, weight.shape[1])
     codes, token_scale = round_e4m3(x)
-    widened = widen(weight, scale, x.shape[1], group_size).to(torch.bfloat16).transpose(-2, -1)
+    widened = widen(weight, scale, x.shape[1], group_size, zero).to(torch.bfloat16).transpose(-2, -1)
     sums = functional.grouped_mm(codes.to(torch.bfloat16), widened, offs=group_end)
     return without_strays((sums.float() * token_scale).to(x.dtype), group_end)

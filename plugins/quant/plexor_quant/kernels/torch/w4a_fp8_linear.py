@@ -9,11 +9,12 @@ from plexor_quant.packing import widen
 from plexor_quant.rounding import round_e4m3
 
 
-def w4a_fp8_linear(x: Tensor, weight: Tensor, scale: Tensor, group_size: int) -> Tensor:
+def w4a_fp8_linear(x: Tensor, weight: Tensor, scale: Tensor, group_size: int, zero: Tensor | None = None) -> Tensor:
     """x bfloat16 [T, in], weight uint8 [out, ceil(in / 2)], scale bfloat16 [out, num_groups] -> bfloat16 [T, out].
 
-    bfloat16 holds every e4m3 exactly; widened weights are rounded to it, which the reference does not do.
+    zero: uint8 [out, num_groups] or None, as in the reference. bfloat16 holds every e4m3 exactly; widened
+    weights are rounded to it, which the reference does not do.
     """
     codes, token_scale = round_e4m3(x)
-    widened = widen(weight, scale, x.shape[1], group_size).to(torch.bfloat16)
+    widened = widen(weight, scale, x.shape[1], group_size, zero).to(torch.bfloat16)
     return ((codes.to(torch.bfloat16) @ widened.T).float() * token_scale).to(x.dtype)
