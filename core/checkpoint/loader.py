@@ -82,16 +82,11 @@ def load_weights(
         source = StagedSource(source, device, readers)
     if show is not None:
         source = show(source)
-    inner = model.weight_rules() if isinstance(model, BringsRules) else ()
-    book = RuleBook((*rules, *inner))
-    targets = find_targets(model)
+    planned = plan_weights(model, rules, source)
     names = source.names()
-    matches = {name: book.match(name) for name in names}
-    plan = {name: tuple(_placements(matches[name], source, name)) for name in names}
-    _check(book, targets, matches, plan)
-    ignored = sum(any(isinstance(match.rule, Ignore) for match in found) for found in matches.values())
     total = sum(source.info(name).num_bytes for name in names)
     done = 0
+    plan, targets = planned.placements, planned.targets
     filled = _fill_here(plan, targets) if readers == 1 else _fill_in_threads(plan, targets, device, readers)
     with closing(filled):
         for name in filled:
@@ -99,17 +94,19 @@ def load_weights(
             if progress is not None:
                 progress(done, total)
     dtypes = {str(source.info(name).dtype).removeprefix("torch.") for name in names if plan[name]}
-    return LoadReport(len(names) - ignored, ignored, total, tuple(sorted(dtypes)))
+    num_ignored = len(planned.ignored)
+    return LoadReport(len(names) - num_ignored, num_ignored, total, tuple(sorted(dtypes)))
 
 
 @dataclass(frozen=True, slots=True)
-class _Placement:
+class Placement:
     """Where one tensor, or one group of a stacked one, goes."""
 
     target: str
     piece: Piece
     view: TensorView
     num_bytes: int
+    rule: Rule
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +150,7 @@ class _Plain:
             target.copy_(view.read_as(target.dtype))
 
 
-def _placements(matches: Iterable[Match], source: TensorSource, name: str) -> Iterator[_Placement]:
+def _placements(matches: Iterable[Match], source: TensorSource, name: str) -> Iterator[Placement]:
     """One for each part that a fused tensor feeds and for each group of a stacked one."""
     for match in matches:
         if not isinstance(match.rule, Rule):
@@ -173,11 +170,36 @@ def _placements(matches: Iterable[Match], source: TensorSource, name: str) -> It
             for step in match.rule.steps:
                 view = step.apply(view)
             num_bytes = math.prod(view.shape) * dtype.itemsize
-            yield _Placement(match.target, (match.rule.part, group, match.tensor), view, num_bytes)
+            yield Placement(match.target, (match.rule.part, group, match.tensor), view, num_bytes, match.rule)
 
 
-_Plan = Mapping[str, tuple[_Placement, ...]]
+_Plan = Mapping[str, tuple[Placement, ...]]
 """Every tensor of the checkpoint, in the order of the disk, and the places that it fills."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightPlan:
+    """Which places of a model the tensors of a source fill: all of them, each once.
+
+    ignored: tensors that a rule says the model does not read.
+    """
+
+    targets: Mapping[str, Target]
+    placements: _Plan
+    ignored: frozenset[str]
+    book: RuleBook
+
+
+def plan_weights(model: nn.Module, rules: Iterable[WeightRule], source: TensorSource) -> WeightPlan:
+    """The plan, from names alone; CheckpointError as `load_weights`, except for what only reading shows."""
+    inner = model.weight_rules() if isinstance(model, BringsRules) else ()
+    book = RuleBook((*rules, *inner))
+    targets = find_targets(model)
+    matches = {name: book.match(name) for name in source.names()}
+    plan = {name: tuple(_placements(found, source, name)) for name, found in matches.items()}
+    _check(book, targets, matches, plan)
+    ignored = {name for name, found in matches.items() if any(isinstance(match.rule, Ignore) for match in found)}
+    return WeightPlan(targets, plan, frozenset(ignored), book)
 
 
 def _fill_here(plan: _Plan, targets: Mapping[str, Target]) -> Generator[str]:
@@ -192,7 +214,7 @@ def _fill_in_threads(plan: _Plan, targets: Mapping[str, Target], device: torch.d
     """Fill several places at a time; yields as `_fill_here` does, and raises what that would raise first."""
     room = _Room(MAX_UNDER_WAY)
 
-    def fill(placement: _Placement) -> None:
+    def fill(placement: Placement) -> None:
         with room.taken(placement.num_bytes):
             targets[placement.target].module.load_piece(placement.piece, placement.view)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from plexor.checkpoint.view import Step
@@ -68,15 +68,30 @@ class RuleBook:
 
     def source_of(self, target: str, part: int, group: int, tensor: str) -> str:
         """The checkpoint's name for what fills a place of the model, for messages."""
+        for rule, source in self._sources(target, part, group, tensor):
+            return source if rule.tensor is not None else f"{source}.{tensor}"
+        return f"{target}.{tensor}"
+
+    def module_of(self, target: str, part: int, group: int) -> str | None:
+        """The checkpoint's module whose weight fills this place and no other; None where no rule knows one."""
+        for rule, source in self._sources(target, part, group, "weight"):
+            if rule.tensor is None and not rule.stacked and not rule.steps:
+                return source
+        return None
+
+    def unread(self) -> tuple[str, ...]:
+        """Single tensors that a checkpoint may hold and the model does not read."""
+        return tuple(rule.source for rule, _ in self._rules if isinstance(rule, Ignore) and "{" not in rule.source)
+
+    def _sources(self, target: str, part: int, group: int, tensor: str) -> Iterator[tuple[Rule, str]]:
+        """Every rule that fills a place, and its source there."""
         for rule, _ in self._rules:
             if isinstance(rule, Ignore) or rule.part != part or rule.tensor not in (None, tensor):
                 continue
             hit = _template(rule.target).fullmatch(target)
             if hit is not None:
                 numbers = {**hit.groupdict(), **({} if rule.group is None else {rule.group: str(group)})}
-                source = _filled(rule.source, numbers)
-                return source if rule.tensor is not None else f"{source}.{tensor}"
-        return f"{target}.{tensor}"
+                yield rule, _filled(rule.source, numbers)
 
 
 def under(prefix: str, target: str, rules: Iterable[WeightRule]) -> tuple[WeightRule, ...]:
