@@ -218,7 +218,7 @@ def _fill_in_threads(plan: _Plan, targets: Mapping[str, Target], device: torch.d
         with room.taken(placement.num_bytes):
             targets[placement.target].module.load_piece(placement.piece, placement.view)
 
-    with ThreadPoolExecutor(readers, "plexor-reader", _work_on, (device,)) as pool:
+    with ThreadPoolExecutor(readers, "plexor-reader", _work_on, (_numbered(device),)) as pool:
         under_way = {name: [pool.submit(fill, placement) for placement in plan[name]] for name in plan}
         try:
             for name, futures in under_way.items():
@@ -233,6 +233,13 @@ def _work_on(device: torch.device) -> None:
     """Kernels that a number format launches go to a thread's current GPU, which is the first unless set."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
+
+
+def _numbered(device: torch.device) -> torch.device:
+    """A GPU by its number, which a thread needs: "cuda" alone is what this thread works on, not another."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 class _Room:
