@@ -20,6 +20,7 @@ _SUMMED: Mapping[str, tuple[float, float]] = {
     "float16": (4e-3, 4e-3),
     "bfloat16": (1.6e-2, 1.6e-2),
 }
+_SPARSE24 = ("sparse24", "sparse24_fp8")
 _COPIED: Mapping[str, tuple[float, float]] = dict.fromkeys(("float32", "float16", "bfloat16"), (0.0, 0.0))
 # Features turned in float32 and rounded to the activation dtype.
 _ROUNDED: Mapping[str, tuple[float, float]] = {**_SUMMED, "float32": (1e-5, 1e-5), "float16": (2e-3, 2e-3)}
@@ -56,6 +57,18 @@ def precisions() -> Iterable[Precision]:
         _int4_wo("int4_wo_g64", "groups_of_64", "in groups of 64 with a scale each"),
         _int4_wo("int4_wo_g32", "groups_of_32", "in groups of 32 with a scale each"),
         _int4_wo("int4_wo_channel", "whole_rows", "with a scale for each output channel"),
+        Precision(
+            name="sparse24",
+            format="plexor_quant.sparse24:Sparse24Format",
+            summary="2:4 weights in the model's dtype, for models that were trained so",
+            needs="runs anywhere; refuses weights that are not 2:4",
+        ),
+        Precision(
+            name="sparse24_fp8",
+            format="plexor_quant.sparse24:Sparse24Fp8Format",
+            summary="2:4 weights in e4m3 with a scale for each output channel, e4m3 activations as in fp8",
+            needs="runs anywhere; refuses weights that are not 2:4",
+        ),
     )
 
 
@@ -102,7 +115,7 @@ def stored_weights() -> Iterable[StoredWeights]:
 def ops() -> Iterable[Op]:
     formats = ("fp8", "int8", "w4a_fp8", "int8_wo", "int4_wo")
     products = tuple(_op(f"{name}_{kind}") for kind in ("linear", "grouped_linear") for name in formats)
-    return products + _cache_ops()
+    return products + _sparse24_ops() + _cache_ops()
 
 
 @hookimpl
@@ -132,6 +145,7 @@ def kernels() -> Iterable[Kernel]:
         _on_cpu("int4_wo_linear"),
         _on_cpu("int4_wo_grouped_linear"),
         replace(_on_cpu("int8_paged_attention"), kv_dtypes=frozenset({"int8"})),
+        *_sparse24_kernels(),
     )
 
 
@@ -150,6 +164,24 @@ def _op(name: str) -> Op:
         reference=f"plexor_quant.kernels.reference.{name}:{name}",
         samples=f"plexor_quant.kernels.samples:{name}",
         tolerance=_SUMMED,
+    )
+
+
+def _sparse24_ops() -> tuple[Op, ...]:
+    return tuple(
+        replace(_op(name), samples=f"plexor_quant.kernels.sparse24_samples:{name}")
+        for name in (f"{weights}_{kind}" for kind in ("linear", "grouped_linear") for weights in _SPARSE24)
+    )
+
+
+def _sparse24_kernels() -> tuple[Kernel, ...]:
+    return (
+        _kernel("sparse24_linear", _CUDA, frozenset({"bfloat16", "float16"}), capability=(7, 0), multiple=1),
+        _kernel("sparse24_fp8_linear", _CUDA, _BFLOAT16, capability=(8, 0), multiple=1),
+        _kernel("sparse24_grouped_linear", _CUDA, _BFLOAT16, capability=(8, 0), multiple=8),
+        _kernel("sparse24_fp8_grouped_linear", _CUDA, _BFLOAT16, capability=(8, 0), multiple=8),
+        _on_cpu("sparse24_linear"),
+        _on_cpu("sparse24_grouped_linear"),
     )
 
 

@@ -119,7 +119,8 @@ def test_four_bits_in_other_groups(group_size: int) -> None:
 
 
 def test_precisions_name_their_formats() -> None:
-    for precision, (number_format, _), name in zip(plugin.precisions(), FORMATS, IDS, strict=True):
+    rounding = [precision for precision in plugin.precisions() if not precision.name.startswith("sparse24")]
+    for precision, (number_format, _), name in zip(rounding, FORMATS, IDS, strict=True):
         assert resolve(precision.format)() == number_format
         assert precision.name == name
 
