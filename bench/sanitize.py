@@ -206,15 +206,15 @@ def described(case: Case, here: Operands) -> calls.Call:
     """The launch of a case."""
     norm = calls.Norm(here.gain, EPS)
     if case.op == "linear":
-        return calls.product(here.x, here.weight)
+        return calls.product_call(here.x, here.weight)
     if case.op == "norm_linear":
-        return calls.product(here.x, here.weight, norm, here.bias)
+        return calls.product_call(here.x, here.weight, norm, here.bias)
     if case.op == "linear_add":
-        return calls.added(here.x, here.weight, here.residual, here.bias)
+        return calls.added_call(here.x, here.weight, here.residual, here.bias)
     if case.op == "norm_gated_linear":
-        return calls.gated(here.x, here.weight, norm, here.bias)
+        return calls.gated_call(here.x, here.weight, norm, here.bias)
     rotation = calls.Rotation(here.cos, here.sin, here.positions, here.slots, here.cache)
-    made = calls.rotated(here.x, here.weight, norm, here.bias, rotation)
+    made = calls.rotated_call(here.x, here.weight, norm, here.bias, rotation)
     assert made is not None, f"{case}: no kernel writes this cache"
     return made
 

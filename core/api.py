@@ -33,10 +33,27 @@ if TYPE_CHECKING:
         StoredWeights,
     )
     from plexor.kernels.cpu.paged_attention import paged_attention
+    from plexor.kernels.cuda.call import (
+        Arguments,
+        Call,
+        Epilogue,
+        Norm,
+        Rotation,
+        added_call,
+        gated_call,
+        num_multiprocessors,
+        product_call,
+        rotated_call,
+    )
+    from plexor.kernels.cuda.program import LINEAR_HEADER, Program, load_program, tensor_map
+    from plexor.kernels.cuda.refusal import refuses_tiles
     from plexor.kernels.op import Sample
     from plexor.kernels.reference.paged_attention import dense_attention, sequence_entries, visible_positions
     from plexor.kernels.reference.rotary_kv_write import rotated
     from plexor.kernels.table import KernelTable, resolve
+    from plexor.kernels.triton.rms_norm import rms_norm
+    from plexor.kernels.triton.rotary_kv_write import rotary_kv_write
+    from plexor.kernels.triton.silu_mul import silu_mul
     from plexor.model.attention import Attention, AttentionConfig
     from plexor.model.build import Build, facts
     from plexor.model.decoder import Decoder, DecoderConfig, DecoderLayer, Model, ModelConfig, Slots
@@ -99,10 +116,27 @@ _HOMES = {
         "StoredWeights",
     ),
     "plexor.kernels.cpu.paged_attention": ("paged_attention",),
+    "plexor.kernels.cuda.call": (
+        "Arguments",
+        "Call",
+        "Epilogue",
+        "Norm",
+        "Rotation",
+        "added_call",
+        "gated_call",
+        "num_multiprocessors",
+        "product_call",
+        "rotated_call",
+    ),
+    "plexor.kernels.cuda.program": ("LINEAR_HEADER", "Program", "load_program", "tensor_map"),
+    "plexor.kernels.cuda.refusal": ("refuses_tiles",),
     "plexor.kernels.op": ("Sample",),
     "plexor.kernels.reference.paged_attention": ("dense_attention", "sequence_entries", "visible_positions"),
     "plexor.kernels.reference.rotary_kv_write": ("rotated",),
     "plexor.kernels.table": ("KernelTable", "resolve"),
+    "plexor.kernels.triton.rms_norm": ("rms_norm",),
+    "plexor.kernels.triton.rotary_kv_write": ("rotary_kv_write",),
+    "plexor.kernels.triton.silu_mul": ("silu_mul",),
     "plexor.model.attention": ("Attention", "AttentionConfig"),
     "plexor.model.build": ("Build", "facts"),
     "plexor.model.decoder": ("Decoder", "DecoderConfig", "DecoderLayer", "Model", "ModelConfig", "Slots"),
@@ -137,11 +171,14 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 # Spelled out, because type checkers do not compute it.
 __all__ = [
+    "LINEAR_HEADER",
     "Architecture",
+    "Arguments",
     "Attention",
     "AttentionConfig",
     "Batch",
     "Build",
+    "Call",
     "CapacityError",
     "Catalog",
     "Checkpoint",
@@ -153,6 +190,7 @@ __all__ = [
     "DecoderConfig",
     "DecoderLayer",
     "DenseFormat",
+    "Epilogue",
     "Facts",
     "FeedForward",
     "FeedForwardConfig",
@@ -185,6 +223,7 @@ __all__ = [
     "Model",
     "ModelConfig",
     "Multiply",
+    "Norm",
     "Observer",
     "Op",
     "Output",
@@ -195,10 +234,12 @@ __all__ = [
     "PositionEmbedding",
     "Precision",
     "Prefill",
+    "Program",
     "RMSNorm",
     "RequestError",
     "ResidualFeedForward",
     "Rotary",
+    "Rotation",
     "Rows",
     "Rule",
     "Sample",
@@ -216,16 +257,27 @@ __all__ = [
     "VocabEmbedding",
     "WeightRule",
     "activation",
+    "added_call",
     "dense_attention",
     "facts",
     "gated_activation",
+    "gated_call",
     "kv_storage",
+    "load_program",
+    "num_multiprocessors",
     "paged_attention",
+    "product_call",
     "read_object",
     "read_rotary",
+    "refuses_tiles",
     "resolve",
+    "rms_norm",
+    "rotary_kv_write",
     "rotated",
+    "rotated_call",
     "sequence_entries",
+    "silu_mul",
+    "tensor_map",
     "under",
     "visible_positions",
 ]

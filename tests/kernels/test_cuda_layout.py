@@ -96,7 +96,7 @@ def test_arguments_are_those_of_the_header() -> None:
 def test_epilogues_are_those_of_the_header() -> None:
     numbers = dict(re.findall(r"#define (STORE|ADD|GATED|ROTARY) (\d)", source("linear.cuh")))
     assert {name: int(number) for name, number in numbers.items()} == {
-        name: getattr(call, name) for name in ("STORE", "ADD", "GATED", "ROTARY")
+        epilogue.name: epilogue.value for epilogue in call.Epilogue
     }
 
 
@@ -170,29 +170,29 @@ def test_what_wide_linear_takes_is_whole() -> None:
 def test_one_gain_and_one_row_of_products_belong_to_one_op() -> None:
     x, weight, gain = torch.zeros(3, 64).half(), torch.zeros(32, 64).half(), torch.ones(64).half()
     norm = call.Norm(gain, 1e-5)
-    assert call.product(x, weight).product == Product("linear", 32, 64, "float16")
-    assert call.product(x, weight, norm).product.op == "norm_linear"
-    assert call.added(x, weight, torch.zeros(3, 32).half(), None).product.op == "linear_add"
-    gated = call.gated(x, weight, norm, None)
+    assert call.product_call(x, weight).product == Product("linear", 32, 64, "float16")
+    assert call.product_call(x, weight, norm).product.op == "norm_linear"
+    assert call.added_call(x, weight, torch.zeros(3, 32).half(), None).product.op == "linear_add"
+    gated = call.gated_call(x, weight, norm, None)
     assert (gated.product.op, gated.pair, gated.y.shape) == ("norm_gated_linear", 16, (3, 16))
 
 
 def test_operands_that_the_copy_engine_does_not_take() -> None:
     weight = torch.zeros(32, 64).half()
     wide = torch.zeros(3, 128).half()
-    assert call.product(wide[:, 8:72], weight).lies_well()
-    assert not call.product(wide[:, 4:68], weight).lies_well(), "the first row starts at no multiple of 16 bytes"
-    assert not call.product(torch.zeros(3, 100).half()[:, :64], weight).lies_well(), "nor do the others"
-    assert not call.product(torch.zeros(3, 64), torch.zeros(32, 64)).lies_well()
-    assert not call.product(torch.zeros(3, 32).half(), torch.zeros(32, 32).half()).lies_well()
-    assert not call.product(wide[:, :64], torch.zeros(32, 128).half()[:, :64]).lies_well()
+    assert call.product_call(wide[:, 8:72], weight).lies_well()
+    assert not call.product_call(wide[:, 4:68], weight).lies_well(), "the first row starts at no multiple of 16 bytes"
+    assert not call.product_call(torch.zeros(3, 100).half()[:, :64], weight).lies_well(), "nor do the others"
+    assert not call.product_call(torch.zeros(3, 64), torch.zeros(32, 64)).lies_well()
+    assert not call.product_call(torch.zeros(3, 32).half(), torch.zeros(32, 32).half()).lies_well()
+    assert not call.product_call(wide[:, :64], torch.zeros(32, 128).half()[:, :64]).lies_well()
 
 
 def rotated(cache: dict[str, torch.Tensor], turning: int = 32) -> call.Call | None:
     x, weight, gain = torch.zeros(2, 64).half(), torch.zeros(4 * 32, 64).half(), torch.ones(64).half()
     table, numbers = torch.zeros(8, turning // 2), torch.zeros(2, dtype=torch.int64)
     rotation = call.Rotation(table, table, numbers, numbers, cache)
-    return call.rotated(x, weight, call.Norm(gain, 1e-5), None, rotation)
+    return call.rotated_call(x, weight, call.Norm(gain, 1e-5), None, rotation)
 
 
 def test_caches_that_no_kernel_here_writes() -> None:

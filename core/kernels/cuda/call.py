@@ -1,4 +1,4 @@
-"""One launch of a dense linear layer: what it multiplies, and what happens to the product before it is stored.
+"""One launch of a linear layer: what it multiplies, and what happens to the product before it is stored.
 
 The fields of Arguments and the numbers of the epilogues are those of linear.cuh.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from enum import IntEnum
 
 import torch
 from torch import Tensor
@@ -14,10 +15,18 @@ from torch import Tensor
 from plexor.batch import LayerCache
 from plexor.kernels.tuning import Product
 
-STORE, ADD, GATED, ROTARY = range(4)
 _FUSED = ("linear_add", "norm_gated_linear", "norm_rotary_linear")
 BOX = 64
 """Numbers of half precision in the 128 bytes that the copy engine swizzles together."""
+
+
+class Epilogue(IntEnum):
+    """What happens to a product before it is stored."""
+
+    STORE = 0
+    ADD = 1
+    GATED = 2
+    ROTARY = 3
 
 
 class Arguments(ctypes.Structure):
@@ -73,7 +82,7 @@ class Call:
     x: Tensor
     weight: Tensor
     y: Tensor
-    epilogue: int
+    epilogue: Epilogue
     arguments: Arguments
     norm: Norm | None = None
     pair: int | None = None
@@ -103,28 +112,28 @@ class Call:
         )
 
 
-def product(x: Tensor, weight: Tensor, norm: Norm | None = None, bias: Tensor | None = None) -> Call:
+def product_call(x: Tensor, weight: Tensor, norm: Norm | None = None, bias: Tensor | None = None) -> Call:
     """y [T, N] is the product."""
     y = x.new_empty(x.shape[0], weight.shape[0])
-    return Call(x, weight, y, STORE, _arguments(y, bias), norm)
+    return Call(x, weight, y, Epilogue.STORE, _arguments(y, bias), norm)
 
 
-def added(x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None) -> Call:
+def added_call(x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None) -> Call:
     """y [T, N] is residual [T, N], whose features are adjacent, and the product."""
     y = x.new_empty(x.shape[0], weight.shape[0])
     arguments = _arguments(y, bias)
     arguments.residual, arguments.residual_stride = residual.data_ptr(), residual.stride(0)
-    return Call(x, weight, y, ADD, arguments)
+    return Call(x, weight, y, Epilogue.ADD, arguments)
 
 
-def gated(x: Tensor, weight: Tensor, norm: Norm, bias: Tensor | None) -> Call:
+def gated_call(x: Tensor, weight: Tensor, norm: Norm, bias: Tensor | None) -> Call:
     """y [T, N / 2] is silu(first half) * second half of the product."""
     half = weight.shape[0] // 2
     y = x.new_empty(x.shape[0], half)
-    return Call(x, weight, y, GATED, _arguments(y, bias), norm, half)
+    return Call(x, weight, y, Epilogue.GATED, _arguments(y, bias), norm, half)
 
 
-def rotated(x: Tensor, weight: Tensor, norm: Norm, bias: Tensor | None, rotation: Rotation) -> Call | None:
+def rotated_call(x: Tensor, weight: Tensor, norm: Norm, bias: Tensor | None, rotation: Rotation) -> Call | None:
     """y [T, N, D] are the product's queries, turned; turned keys and values go into the cache. None for a cache or a
     rotation that no kernel here takes: parts of heads, other dtypes, entries that do not lie one after the other.
     """
@@ -146,7 +155,7 @@ def rotated(x: Tensor, weight: Tensor, norm: Norm, bias: Tensor | None, rotation
     arguments.positions, arguments.slots = rotation.positions.data_ptr(), rotation.slots.data_ptr()
     arguments.keys, arguments.values, arguments.entry_stride = keys.data_ptr(), values.data_ptr(), keys.stride(1)
     arguments.num_heads, arguments.num_kv_heads = num_heads, num_kv_heads
-    return Call(x, weight, y, ROTARY, arguments, norm, size // 2, narrow)
+    return Call(x, weight, y, Epilogue.ROTARY, arguments, norm, size // 2, narrow)
 
 
 def num_multiprocessors(tensor: Tensor) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from plexor.kernels.cuda.call import product
+from plexor.kernels.cuda.call import product_call
 from plexor.kernels.cuda.products import Choose, Products, best_known, few
 from plexor.kernels.triton.linear import linear
 
@@ -16,5 +16,5 @@ class Linear:
         self._products = Products(choose)
 
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
-        y = self._products.run(product(x, weight)) if few(x) else None
+        y = self._products.run(product_call(x, weight)) if few(x) else None
         return linear(x, weight) if y is None else y

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from plexor.kernels.cuda.call import added
+from plexor.kernels.cuda.call import added_call
 from plexor.kernels.cuda.products import Choose, Products, best_known, few
 from plexor.kernels.triton.linear_add import linear_add
 
@@ -20,5 +20,5 @@ class LinearAdd:
     def __call__(self, x: Tensor, stored: Mapping[str, Tensor], residual: Tensor, bias: Tensor | None = None) -> Tensor:
         y = None
         if few(x) and residual.stride(1) == 1:
-            y = self._products.run(added(x, stored["weight"], residual, bias))
+            y = self._products.run(added_call(x, stored["weight"], residual, bias))
         return linear_add(x, stored, residual, bias) if y is None else y

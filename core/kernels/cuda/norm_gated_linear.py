@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from plexor.kernels.cuda.call import Norm, gated
+from plexor.kernels.cuda.call import Norm, gated_call
 from plexor.kernels.cuda.products import Choose, Products, best_known, few
 from plexor.kernels.triton.norm_gated_linear import norm_gated_linear
 
@@ -20,5 +20,5 @@ class NormGatedLinear:
     def __call__(
         self, x: Tensor, gain: Tensor, eps: float, stored: Mapping[str, Tensor], bias: Tensor | None = None
     ) -> Tensor:
-        y = self._products.run(gated(x, stored["weight"], Norm(gain, eps), bias)) if few(x) else None
+        y = self._products.run(gated_call(x, stored["weight"], Norm(gain, eps), bias)) if few(x) else None
         return norm_gated_linear(x, gain, eps, stored, bias) if y is None else y

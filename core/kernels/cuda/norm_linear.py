@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from plexor.kernels.cuda.call import Norm, product
+from plexor.kernels.cuda.call import Norm, product_call
 from plexor.kernels.cuda.products import Choose, Products, best_known, few
 from plexor.kernels.triton.norm_linear import norm_linear
 
@@ -20,5 +20,5 @@ class NormLinear:
     def __call__(
         self, x: Tensor, gain: Tensor, eps: float, stored: Mapping[str, Tensor], bias: Tensor | None = None
     ) -> Tensor:
-        y = self._products.run(product(x, stored["weight"], Norm(gain, eps), bias)) if few(x) else None
+        y = self._products.run(product_call(x, stored["weight"], Norm(gain, eps), bias)) if few(x) else None
         return norm_linear(x, gain, eps, stored, bias) if y is None else y

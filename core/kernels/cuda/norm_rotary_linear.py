@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from plexor.batch import LayerCache
-from plexor.kernels.cuda.call import Norm, Rotation, rotated
+from plexor.kernels.cuda.call import Norm, Rotation, rotated_call
 from plexor.kernels.cuda.products import Choose, Products, best_known, few
 from plexor.kernels.triton.norm_rotary_linear import norm_rotary_linear
 
@@ -32,7 +32,7 @@ class NormRotaryLinear:
         bias: Tensor | None = None,
     ) -> Tensor:
         rotation = Rotation(cos, sin, positions, slots, cache)
-        q = self._products.run(rotated(x, stored["weight"], Norm(gain, eps), bias, rotation)) if few(x) else None
+        q = self._products.run(rotated_call(x, stored["weight"], Norm(gain, eps), bias, rotation)) if few(x) else None
         if q is None:
             return norm_rotary_linear(x, gain, eps, stored, cos, sin, positions, slots, cache, bias)
         return q

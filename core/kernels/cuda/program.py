@@ -50,27 +50,38 @@ class Program:
         checked(driver.cuLaunchKernelEx(config, self.function, ctypes.addressof(addresses), 0))
 
 
-def load(name: str, defines: Mapping[str, int], threads: int, shared_bytes: int, cluster: int = 1) -> Program:
-    """The kernel of this name and source file, compiled for the current device with these macros.
+LINEAR_HEADER = Path(__file__).with_name("linear.cuh")
+"""What the kernels of linear layers share."""
+
+
+def load_program(
+    sources: tuple[Path, ...], defines: Mapping[str, int], threads: int, shared_bytes: int, cluster: int = 1
+) -> Program:
+    """A kernel, compiled for the current device with these macros from files that are read one behind the other; the
+    last one is named after it.
 
     All layers of a model that ask for the same get the same: it is read, compiled and loaded once for each device.
     """
-    return _load(torch.cuda.current_device(), name, tuple(defines.items()), threads, shared_bytes, cluster)
+    return _load(torch.cuda.current_device(), sources, tuple(defines.items()), threads, shared_bytes, cluster)
 
 
 @cache
 def _load(
-    device: int, name: str, defines: tuple[tuple[str, int], ...], threads: int, shared_bytes: int, cluster: int
+    device: int,
+    sources: tuple[Path, ...],
+    defines: tuple[tuple[str, int], ...],
+    threads: int,
+    shared_bytes: int,
+    cluster: int,
 ) -> Program:
-    """As `load`, where `device` is the current one."""
+    """As `load_program`, where `device` is the current one."""
     torch.cuda.current_stream()  # the driver's calls below need torch's context
-    folder = Path(__file__).parent
     macros = "".join(f"#define {key} {int(value)}\n" for key, value in defines)
-    source = macros + "".join((folder / file).read_text() for file in ("linear.cuh", f"{name}.cu"))
+    source = macros + "".join(path.read_text() for path in sources)
     major, minor = torch.cuda.get_device_capability(device)
     options = (f"--gpu-architecture=sm_{major}{minor}a", "-std=c++17")
     module = checked(driver.cuModuleLoadData(_machine_code(source, options)))
-    function = checked(driver.cuModuleGetFunction(module, name.encode()))
+    function = checked(driver.cuModuleGetFunction(module, sources[-1].stem.encode()))
     attribute = driver.CUfunction_attribute
     for key, value in (
         (attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes),
@@ -81,16 +92,20 @@ def _load(
 
 
 def tensor_map(tensor: Tensor, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]) -> Any:
-    """How the copy engine sees a tensor: sizes, innermost first; strides, in numbers, of all but the innermost."""
-    kinds = driver.CUtensorMapDataType
+    """How the copy engine sees a tensor of numbers of one or two bytes: sizes, innermost first; strides, in numbers, of
+    all but the innermost.
+    """
+    kinds, size = driver.CUtensorMapDataType, tensor.element_size()
+    assert size in (1, 2)
     return checked(
         driver.cuTensorMapEncodeTiled(
-            kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,  # of the same size as float16, and only copied
+            # They are only copied: any type of their size will do.
+            kinds.CU_TENSOR_MAP_DATA_TYPE_UINT8 if size == 1 else kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
             len(sizes),
             tensor.data_ptr(),
-            [driver.cuuint64_t(size) for size in sizes],
-            [driver.cuuint64_t(2 * stride) for stride in strides],
-            [driver.cuuint32_t(size) for size in box],
+            [driver.cuuint64_t(extent) for extent in sizes],
+            [driver.cuuint64_t(size * stride) for stride in strides],
+            [driver.cuuint32_t(extent) for extent in box],
             [driver.cuuint32_t(1)] * len(sizes),
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
             driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,

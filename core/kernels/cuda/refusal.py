@@ -9,11 +9,19 @@ from plexor.extension.specs import Facts
 
 def refuses(facts: Facts) -> str | None:
     """The reason against a product of these sizes, or None."""
-    outputs, inputs = facts.shape.get("out_features", 16), facts.shape.get("in_features", 64)
+    return refuses_tiles(facts, 16, 64)
+
+
+def refuses_tiles(facts: Facts, num_outputs: int, num_inputs: int) -> str | None:
+    """The reason against a kernel that takes so many outputs and inputs at once, or None."""
+    outputs, inputs = facts.shape.get("out_features", num_outputs), facts.shape.get("in_features", num_inputs)
     if facts.capability is not None and facts.capability[0] != 9:
         return "uses instructions of compute capability 9.x, this device has {}.{}".format(*facts.capability)
-    if outputs % 16 or inputs % 64:
-        return f"copies boxes of 64 inputs for tiles of 16 outputs, which {inputs} and {outputs} are not multiples of"
+    if outputs % num_outputs or inputs % num_inputs:
+        return (
+            f"copies boxes of {num_inputs} inputs for tiles of {num_outputs} outputs, "
+            f"which {inputs} and {outputs} are not multiples of"
+        )
     if facts.device == "cuda" and find_spec("cuda") is None:
         return "needs cuda.bindings, which comes with torch for CUDA: pip install cuda-bindings"
     return None

@@ -6,6 +6,7 @@ The kernel, its picture and its terms are in stream_linear.cu. It multiplies wei
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,9 @@ from torch import Tensor
 from plexor.kernels.cuda.call import BOX, Call, num_multiprocessors
 from plexor.kernels.cuda.choice import Stream
 from plexor.kernels.cuda.layout import STREAM_WARPS, Variant, variant_for
-from plexor.kernels.cuda.program import load, tensor_map
+from plexor.kernels.cuda.program import LINEAR_HEADER, load_program, tensor_map
+
+_SOURCES = (LINEAR_HEADER, Path(__file__).with_name("stream_linear.cu"))
 
 
 class StreamLinear:
@@ -44,7 +47,7 @@ class StreamLinear:
             "EPILOGUE": call.epilogue,
             "NARROW": call.narrow,
         }
-        program = load("stream_linear", defines, (STREAM_WARPS + 2) * 32, shared_bytes)
+        program = load_program(_SOURCES, defines, (STREAM_WARPS + 2) * 32, shared_bytes)
         boxes = num_inputs // BOX
         weight_map = self._weight_map(weight, variant, pair)
         x_map = tensor_map(x, (BOX, num_rows, boxes), (x.stride(0), BOX), (BOX, x_rows, variant.boxes))

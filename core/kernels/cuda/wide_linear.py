@@ -5,6 +5,7 @@ The kernel, its picture and its terms are in wide_linear.cu. Norms come before i
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,10 +14,11 @@ from torch import Tensor
 from plexor.kernels.cuda.call import BOX, Call, num_multiprocessors
 from plexor.kernels.cuda.choice import Wide
 from plexor.kernels.cuda.layout import wide_layout
-from plexor.kernels.cuda.program import load, tensor_map
+from plexor.kernels.cuda.program import LINEAR_HEADER, load_program, tensor_map
 
 _ROWS = 64
 _THREADS = 320
+_SOURCES = (LINEAR_HEADER, Path(__file__).with_name("wide_linear.cu"))
 
 
 class WideLinear:
@@ -41,7 +43,7 @@ class WideLinear:
             "EPILOGUE": call.epilogue,
             "NARROW": call.narrow,
         }
-        program = load("wide_linear", defines, _THREADS, shared_bytes, cluster=split)
+        program = load_program(_SOURCES, defines, _THREADS, shared_bytes, cluster=split)
         x_map = tensor_map(x, (num_inputs, num_rows), (x.stride(0),), (BOX, columns))
         num_tiles = num_outputs // (2 * _ROWS)
         num_blocks = num_tiles * split if split > 1 else min(num_tiles, num_multiprocessors(x))
