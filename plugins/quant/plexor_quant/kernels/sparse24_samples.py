@@ -14,8 +14,8 @@ from plexor_quant.rounding import E4M3_MAX, to_e4m3
 from plexor_quant.sparse24 import Sparse24Format, Sparse24Fp8Format
 from plexor_quant.sparse24_layout import prune
 
-# (tokens, in, out): none, one, an odd number of groups, sizes that no tensor core takes, around the 16 rows that stream,
-# tiles of 32 outputs that are not full.
+# (tokens, in, out): none, one, an odd number of groups, sizes that no tensor core takes, around the 16 rows that are
+# streamed to, tiles of 32 outputs that are not full.
 SIZES = (
     (0, 64, 32),
     (1, 256, 48),
@@ -40,7 +40,7 @@ STACKS = (
     ((1, 0, 2), 1, 40, 259),
 )
 UNROUNDED_ROWS = 16
-"""Up to so many rows a provider may leave activations as they are: only such that rounding does not change are drawn."""
+"""Up to so many rows a provider may leave activations as they are: only such as rounding keeps are drawn."""
 
 
 def sparse24_linear(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
