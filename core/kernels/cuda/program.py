@@ -55,7 +55,7 @@ LINEAR_HEADER = Path(__file__).with_name("linear.cuh")
 
 
 def load_program(
-    sources: tuple[Path, ...], defines: Mapping[str, int], threads: int, shared_bytes: int, cluster: int = 1
+    sources: tuple[Path, ...], defines: Mapping[str, int | str], threads: int, shared_bytes: int, cluster: int = 1
 ) -> Program:
     """A kernel, compiled for the current device with these macros from files that are read one behind the other; the
     last one is named after it.
@@ -76,7 +76,7 @@ def _load(
 ) -> Program:
     """As `load_program`, where `device` is the current one."""
     torch.cuda.current_stream()  # the driver's calls below need torch's context
-    macros = "".join(f"#define {key} {int(value)}\n" for key, value in defines)
+    macros = "".join(f"#define {key} {value if isinstance(value, str) else int(value)}\n" for key, value in defines)
     source = macros + "".join(path.read_text() for path in sources)
     major, minor = torch.cuda.get_device_capability(device)
     options = (f"--gpu-architecture=sm_{major}{minor}a", "-std=c++17")
