@@ -3,13 +3,17 @@
 An engine answers greedily, in batches of 1 to 200 requests, so that each kernel has its numbers of rows; on a GPU its
 decode steps are replayed graphs. The logits of every step are kept. A second engine, in which every op is its reference
 in plain torch, then gives its logits for each prompt with its answer. Printed are how far the two are apart, relative
-to the reference, and how often the token that was drawn is the reference's likeliest; the exit status is 1 where either
-misses its limit.
+to the reference, and how often the token that was drawn is the reference's likeliest. Positions that are further off
+than the others are named one by one, with the step that made them.
 
 The reference rounds what it makes between two ops, and the fast path elsewhere, which sets them apart the more, the
 more layers there are: with random weights of llama-3.1-8b's width by 2.4e-2 in 8 layers and 3.5e-2 in 16 in bfloat16,
-by 4.5e-3 in 16 in float16 (`--dtype float16`, the same kernels), both measured on a CPU. `--float32` shows how far each
-is from the reference in float32, on the same weights: the fast path should be no further than the other.
+by 4.5e-3 in 16 in float16 (`--dtype float16`, the same kernels), both measured on a CPU. So what is held against the
+fast path is how far each of the two is from the reference in float32, on the same weights, and in float16 their
+distance too: docs/accuracy.md has the bounds. The exit status is 1 where one is missed.
+
+`--repeat 20` answers everything as often by the same engine, and compares the logits bit by bit: what depends on which
+kernel runs first shows there.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields, replace
+from itertools import takewhile
 from pathlib import Path
 from time import perf_counter
 
@@ -39,9 +44,20 @@ from plexor.runtime.core import EngineCore
 from plexor.runtime.loading import choose_device, choose_dtype
 from plexor.runtime.prompts import find_folder
 from plexor.runtime.request import Request, SamplingParams
+from plexor.runtime.scheduler import Plan
 
 MOST_ERROR = 1e-2
 LEAST_AGREEMENT = 0.99
+MOST_RATIO = 1.1
+"""Distance of the fast path from float32, where that of the references is 1."""
+
+DECIDED = 2
+"""Two logits count as apart when they are so many times as far from each other as a logit is off."""
+
+OUTLIER = 8
+"""A position is named that is so many times as far off as the median, and by more than MOST_ERROR."""
+
+MOST_NAMED = 12
 REQUESTS = (1, 8, 16, 40, 100, 200)
 LEAST_STEPS = 3
 """The first decode step of so many requests is launched kernel by kernel; those after it are replayed."""
@@ -94,23 +110,26 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """token_ids [n] were drawn for a prompt, from the logits [n, V]."""
+    """token_ids [n] were drawn for a prompt, from the logits [n, V], in steps [n]."""
 
     prompt: tuple[int, ...]
     token_ids: tuple[int, ...]
     logits: Tensor
+    steps: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
     """What sets answers apart from true logits, for each position, float64 on the CPU.
 
-    error, norm: norms of the difference and of the true logits. gap: between the two likeliest tokens. step: by which
-    numbers of the answers' dtype as large as the likeliest one differ. parted: whether another token was drawn.
+    error, norm: norms of the difference and of the true logits. noise: root mean square of the difference. gap:
+    between the two likeliest tokens. step: by which numbers of the answers' dtype as large as the likeliest one differ.
+    parted: whether another token was drawn.
     """
 
     error: Tensor
     norm: Tensor
+    noise: Tensor
     gap: Tensor
     step: Tensor
     parted: Tensor
@@ -126,14 +145,37 @@ class Difference:
 
     @property
     def worst(self) -> float:
-        return float((self.error / self.norm).max())
+        return float(self.each.max())
+
+    @property
+    def each(self) -> Tensor:
+        """The relative error of each position."""
+        return self.error / self.norm
+
+    @property
+    def outliers(self) -> list[int]:
+        """Positions that are much further off than the others, the worst first."""
+        each = self.each
+        found = (each > max(OUTLIER * float(each.median()), MOST_ERROR)).nonzero().flatten().tolist()
+        return sorted(found, key=lambda position: -float(each[position]))
 
     @property
     def agreement(self) -> float:
         return 1 - float(self.parted.mean())
 
     @property
-    def holds(self) -> bool:
+    def decided(self) -> Tensor:
+        """Positions whose two likeliest tokens are further apart than errors would bring them."""
+        return self.gap > DECIDED * self.noise.square().mean().sqrt()
+
+    @property
+    def decided_agreement(self) -> float:
+        """1 where no position is decided."""
+        return 1 - share(self.parted[self.decided]) if bool(self.decided.any()) else 1.0
+
+    @property
+    def is_close(self) -> bool:
+        """Whether it keeps to the bounds that hold with no regard to how the references round."""
         return self.relative < MOST_ERROR and self.agreement > LEAST_AGREEMENT
 
 
@@ -151,7 +193,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--long-prompt", type=int, default=LONG_PROMPT, metavar="TOKENS", help="the first of each batch"
     )
-    parser.add_argument("--float32", action="store_true", help="compare both with the reference in float32, too")
+    parser.add_argument(
+        "--repeat", type=int, default=0, metavar="N", help="answer N times more, and compare the logits"
+    )
+    parser.add_argument(
+        "--float32",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compare both with the reference in float32, too",
+    )
     chosen = parser.parse_args(arguments)
     config = EngineConfig(
         model=chosen.model,
@@ -169,12 +219,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def holds(model: Model, chosen: argparse.Namespace) -> bool:
-    """Measure, print, and say whether the fast path keeps to the limits."""
+    """Measure, print, and say whether the fast path keeps to the bounds."""
     batches = plan_batches(model, chosen.requests, chosen.positions, chosen.long_prompt)
     blocks = max(batch.blocks(model.config.block_size) for batch in batches)
     model = replace(model, config=replace(model.config, num_blocks=blocks))
     with timed("the fast path"):
-        answers = answer_batches(model, batches)
+        answers, strayed = answer_batches(model, batches, chosen.repeat)
     with timed("the references"):
         truths = true_logits(model.in_plain_torch(model.config.dtype), answers)
     print(f"{model}: the fast path against the references\n")
@@ -184,18 +234,31 @@ def holds(model: Model, chosen: argparse.Namespace) -> bool:
         print(row(str(len(batch.prompts)), of_batch))
     together = Difference.together(found)
     print(row("all", together), flush=True)
+    ratio = None
     if chosen.float32 and model.dtype != torch.float32:
-        with timed("the references in float32"):
-            exact = true_logits(model.in_plain_torch("float32"), answers)
-        rounded = [list(map(drawn_from, *both)) for both in zip(answers, truths, strict=True)]
-        fast, plain = (Difference.together(map(differences, own, exact)) for own in (answers, rounded))
-        print(row("the fast path against float32", fast))
-        print(row("the references against float32", plain))
-        print(
-            f"\nFrom float32 the fast path is {fast.relative / plain.relative:.2f} times as far as the references are."
-        )
-    print(f"\n{about_gaps(together, name_of(model.dtype))}\n{verdict(together)}")
-    return together.holds
+        ratio = against_float32(model, answers, truths)
+    named = [line for both in zip(answers, found, strict=True) for line in about_outliers(*both)]
+    bounds = verdicts(together, model.dtype, ratio)
+    if chosen.repeat:
+        bounds[f"logits that {chosen.repeat} more rounds gave otherwise: {len(strayed)}, none may"] = not strayed
+    print(
+        "\n".join([f"\n{about_gaps(together, name_of(model.dtype))}", *named[:MOST_NAMED], *strayed[:MOST_NAMED], ""])
+    )
+    for said, kept in bounds.items():
+        print(f"{'Held' if kept else 'MISSED'}: {said}.")
+    print(plain_bounds(together))
+    return all(bounds.values())
+
+
+def against_float32(model: Model, answers: Sequence[Sequence[Answer]], truths: Sequence[Sequence[Tensor]]) -> float:
+    """How many times as far from float32 the fast path is as the references are."""
+    with timed("the references in float32"):
+        exact = true_logits(model.in_plain_torch("float32"), answers)
+    rounded = [list(map(drawn_from, *both)) for both in zip(answers, truths, strict=True)]
+    fast, plain = (Difference.together(map(differences, own, exact)) for own in (answers, rounded))
+    print(row("the fast path against float32", fast))
+    print(row("the references against float32", plain), flush=True)
+    return fast.relative / plain.relative
 
 
 def plan_batches(model: Model, requests: Sequence[int], positions: int, long_prompt: int) -> list[Batch]:
@@ -216,20 +279,43 @@ def plan_batches(model: Model, requests: Sequence[int], positions: int, long_pro
     return batches
 
 
-def answer_batches(model: Model, batches: Sequence[Batch]) -> list[list[Answer]]:
-    """Each batch's answers, by one engine."""
+def answer_batches(model: Model, batches: Sequence[Batch], repeat: int = 0) -> tuple[list[list[Answer]], list[str]]:
+    """Each batch's answers, by one engine, and where those of as many more rounds differ."""
     with opened(model) as core:
-        return [answer_batch(core, batch) for batch in batches]
+        answers = [answer_batch(core, batch) for batch in batches]
+        strayed = []
+        for number in range(1, repeat + 1):
+            for batch, first in zip(batches, answers, strict=True):
+                strayed += [f"round {number}: {line}" for line in strayings(first, answer_batch(core, batch))]
+    return answers, strayed
+
+
+def strayings(first: Sequence[Answer], again: Sequence[Answer]) -> list[str]:
+    """Where the logits of two rounds differ, up to the first token of each request that does."""
+    lines = []
+    for request, (one, other) in enumerate(zip(first, again, strict=True)):
+        pairs = zip(one.token_ids, other.token_ids, strict=True)
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        for index in range(min(same + 1, len(one.token_ids))):
+            if not torch.equal(one.logits[index], other.logits[index]):
+                a, b = one.logits[index].float(), other.logits[index].float()
+                off = float((a - b).norm() / a.norm())
+                lines.append(f"{place(other, len(again), request, index)}: off by {off:.2e}, {spread(a - b)}")
+    return lines
 
 
 def answer_batch(core: EngineCore, batch: Batch) -> list[Answer]:
     """Greedy answers to prompts that start together."""
     logits: dict[str, list[Tensor]] = defaultdict(list)
+    steps: dict[str, list[str]] = defaultdict(list)
     token_ids: dict[str, list[int]] = defaultdict(list)
 
     def watch(ids: Sequence[str], rows: Tensor) -> None:
+        assert core._plan is not None
+        made = make_up(core._plan)
         for name, own in zip(ids, rows, strict=True):
             logits[name].append(own)
+            steps[name].append(made)
 
     sampling = SamplingParams(temperature=0, max_tokens=batch.num_tokens, ignore_end=True, seed=0)
     core.watch_logits(watch)
@@ -241,10 +327,16 @@ def answer_batch(core: EngineCore, batch: Batch) -> list[Answer]:
                 raise PlexorError(f"a request failed: {output.error}")
             token_ids[output.id] += output.token_ids
     core.watch_logits(None)
+    count = batch.num_tokens
     return [
-        Answer(prompt, tuple(token_ids[name]), torch.stack(logits[name][: batch.num_tokens]))
+        Answer(prompt, tuple(token_ids[name]), torch.stack(logits[name][:count]), tuple(steps[name][:count]))
         for name, prompt in ((str(index), prompt) for index, prompt in enumerate(batch.prompts))
     ]
+
+
+def make_up(plan: Plan) -> str:
+    pieces = f", {len(plan.pieces)} pieces of {plan.num_tokens - len(plan.decodes)} rows" if plan.pieces else ""
+    return f"step {plan.step} of {len(plan.decodes)} decodes{pieces}"
 
 
 def true_logits(model: Model, answers: Sequence[Sequence[Answer]]) -> list[list[Tensor]]:
@@ -280,9 +372,11 @@ def difference(answer: Answer, truth: Tensor) -> Difference:
     top = truth.topk(2)
     drawn = torch.tensor(answer.token_ids, device=truth.device)
     exponent = top.values[:, 0].abs().log2().floor()
+    error = torch.linalg.vector_norm(answer.logits.float() - truth, dim=1)
     parts = (
-        torch.linalg.vector_norm(answer.logits.float() - truth, dim=1),
+        error,
         torch.linalg.vector_norm(truth, dim=1),
+        error / truth.shape[1] ** 0.5,
         top.values[:, 0] - top.values[:, 1],
         torch.exp2(exponent) * torch.finfo(answer.logits.dtype).eps,
         drawn != truth.argmax(dim=1),
@@ -320,11 +414,57 @@ def about_gaps(found: Difference, dtype: str) -> str:
     return "\n".join(lines)
 
 
-def verdict(found: Difference) -> str:
+def about_outliers(answers: Sequence[Answer], found: Difference) -> list[str]:
+    """What is known of each position that is much further off than the others."""
+    places = [(request, index) for request, answer in enumerate(answers) for index in range(len(answer.token_ids))]
+    lines = []
+    for position in found.outliers:
+        request, index = places[position]
+        where = place(answers[request], len(answers), request, index)
+        lines.append(f"OUTLIER: {where}: off by {float(found.each[position]):.2e}")
+    return lines
+
+
+def place(answer: Answer, num_requests: int, request: int, index: int) -> str:
+    made = f", {answer.steps[index]}" if answer.steps else ""
+    return f"{num_requests} requests, request {request} (prompt of {len(answer.prompt)}), token {index}{made}"
+
+
+def spread(difference: Tensor) -> str:
+    """Over how many logits a difference [V] is spread."""
+    squares = difference.square().sort(descending=True).values.cumsum(0)
+    most = int((squares < 0.9 * squares[-1]).sum()) + 1
+    return f"{int((difference != 0).sum())} logits differ, {most} of them make up 90 % of it"
+
+
+def verdicts(found: Difference, dtype: torch.dtype, ratio: float | None) -> dict[str, bool]:
+    """The bounds that decide, in words with what was measured, and whether each is kept."""
+    outliers = len(found.outliers)
+    bounds = {
+        f"{outliers} positions are more than {OUTLIER} times as far off as the median, none may": outliers == 0,
+    }
+    if ratio is not None:
+        said = (
+            f"from float32 the fast path is {ratio:.2f} times as far as the references are, at most {MOST_RATIO} may be"
+        )
+        bounds[said] = ratio <= MOST_RATIO
+    if ratio is None or dtype != torch.bfloat16:
+        said = f"the relative error is {found.relative:.2e}, and must be below {MOST_ERROR:.0e}"
+        bounds[said] = found.relative < MOST_ERROR
+        said = (
+            f"{100 * found.decided_agreement:.2f} % of the {int(found.decided.sum())} positions whose two likeliest "
+            f"tokens are more than {DECIDED} errors apart have the same token, and {100 * LEAST_AGREEMENT:.0f} % must"
+        )
+        bounds[said] = found.decided_agreement >= LEAST_AGREEMENT
+    return bounds
+
+
+def plain_bounds(found: Difference) -> str:
+    kept = "held" if found.is_close else "MISSED"
+    agreement, least = 100 * found.agreement, 100 * LEAST_AGREEMENT
     return (
-        f"{'Held' if found.holds else 'MISSED'}: the relative error is {found.relative:.2e} and must be below "
-        f"{MOST_ERROR:.0e}; {100 * found.agreement:.2f} % have the same token and more than "
-        f"{100 * LEAST_AGREEMENT:.0f} % must."
+        f"With no regard to how the references round, {kept}: the relative error is {found.relative:.2e} (below "
+        f"{MOST_ERROR:.0e}), and {agreement:.2f} % have the same token (more than {least:.0f} %)."
     )
 
 
