@@ -34,7 +34,7 @@ _PICKLES: Final = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
 _FINITE_CHUNK: Final = 1 << 22  # stays in a CPU's cache
 _FINITE_CHUNK_ON_DEVICE: Final = 1 << 28  # few launches, and little memory where numbers are widened
 _DAMAGED: Final = "the file is damaged, download it again."
-_DTYPES: Final[Mapping[str, torch.dtype]] = MappingProxyType(
+DTYPES: Final[Mapping[str, torch.dtype]] = MappingProxyType(
     {
         "BOOL": torch.bool,
         "U8": torch.uint8,
@@ -393,11 +393,11 @@ def _parse_entry(path: Path, name: str, entry: Any, data_start: int, data_bytes:
 
 
 def _parse_dtype(what: str, dtype: Any) -> torch.dtype:
-    if not isinstance(dtype, str) or dtype not in _DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise CheckpointError(
-            f"{what} has dtype {quote(str(dtype))}, which cannot be read; convert it to one of {', '.join(_DTYPES)}."
+            f"{what} has dtype {quote(str(dtype))}, which cannot be read; convert it to one of {', '.join(DTYPES)}."
         )
-    return _DTYPES[dtype]
+    return DTYPES[dtype]
 
 
 def _parse_shape(what: str, shape: Any) -> tuple[int, ...]:

@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING
 
-from plexor.cli.generate import read_file
+from plexor.cli.generate import read_text
 from plexor.cli.options import add_model_options, engine_config
 from plexor.config import EngineConfig
-from plexor.errors import CapacityError, RequestError
+from plexor.errors import CapacityError
 from plexor.extension.catalog import Catalog
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, catalog: Catalog) -> int:
-    text = _decode(arguments.text)
+    text = read_text(arguments.text)
     precisions = _listed(arguments.precision, list(catalog.precisions))
     caches = _listed(arguments.kv, list(catalog.kv_formats))
     _look_up(catalog, precisions, caches)
@@ -149,13 +149,6 @@ def _look_up(catalog: Catalog, precisions: list[str], caches: list[str]) -> None
             catalog.precision(name)
     for name in caches:
         catalog.kv_format(name)
-
-
-def _decode(name: str) -> str:
-    try:
-        return read_file(name).decode()
-    except UnicodeDecodeError as error:
-        raise RequestError(f"{name} is not UTF-8 at byte {error.start}: convert it") from error
 
 
 def _listed(given: str, known: list[str]) -> list[str]:

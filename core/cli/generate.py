@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from plexor.cli.options import add_model_options, add_sampling_options, engine_config, sampling_params
-from plexor.errors import ConfigError
+from plexor.errors import ConfigError, RequestError
 from plexor.extension.catalog import Catalog
 
 if TYPE_CHECKING:
@@ -68,6 +68,14 @@ def read_file(name: str) -> bytes:
         return Path(name).expanduser().read_bytes()
     except OSError as error:
         raise ConfigError(f"{name} cannot be read ({error.strerror}): check the path") from error
+
+
+def read_text(name: str) -> str:
+    """A file's text; RequestError if it is not UTF-8."""
+    try:
+        return read_file(name).decode()
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{name} is not UTF-8 at byte {error.start}: convert it") from error
 
 
 def as_object(engine: Engine, answer: Completion, load_seconds: float) -> dict[str, object]:

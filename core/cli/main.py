@@ -22,6 +22,7 @@ COMMANDS = {
     "caption": "describe a picture",
     "serve": "answer over HTTP, as the OpenAI API does",
     "eval": "measure perplexity on a text, in several precisions",
+    "quantize": "write a checkpoint in fewer bits, calibrated on a text or not",
     "bench": "measure speed and memory beside the limits of the device",
     "tune": "measure which kernels multiply a model's layers fastest on this GPU",
     "explain": "say how a model would be run and what memory it takes, without loading it",

@@ -105,12 +105,18 @@ class Precision:
 
     format: `() -> LinearFormat` (see plexor.model.format).
     needs: a sentence about what hardware it is for, shown by `plexor explain`; empty if it runs anywhere.
+    written: `() -> WrittenFormat` (see plexor.model.written), how `plexor quantize` writes it; empty if it does not.
+    calibrate: `(Decoder, Build, token_ids: Sequence[int], window: int, gain_dtype: torch.dtype) -> Calibration`: the
+        dense float32 model, windows of this many tokens that follow one another, and the dtype in which gains of norms
+        will be kept; empty for plain rounding only.
     """
 
     name: str
     format: Target
     summary: str
     needs: str = ""
+    written: Target = ""
+    calibrate: Target = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

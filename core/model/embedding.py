@@ -23,8 +23,10 @@ class VocabEmbedding(nn.Module):
         per_rank = -(-vocab_size // build.mesh.size)
         start = min(build.mesh.rank * per_rank, vocab_size)
         self._rows = range(start, min(start + per_rank, vocab_size))
-        self.register_buffer("weight", torch.zeros(per_rank, hidden_size, dtype=build.dtype, device=build.device))
+        self.register_buffer("weight", torch.empty(per_rank, hidden_size, dtype=build.dtype, device=build.device))
         self.weight: Tensor
+        if len(self._rows) < per_rank:
+            self.weight[len(self._rows) :].zero_()
         self._product = build.bind("linear", out_features=per_rank, in_features=hidden_size)
 
     def pieces(self) -> set[tuple[int, int, str]]:

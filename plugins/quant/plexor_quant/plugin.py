@@ -21,6 +21,9 @@ _SUMMED: Mapping[str, tuple[float, float]] = {
     "bfloat16": (1.6e-2, 1.6e-2),
 }
 _SPARSE24 = ("sparse24", "sparse24_fp8")
+_WRITTEN = frozenset(
+    {"fp8", "int8_sq", "w4a_fp8", "int8_wo", "int4_wo", "int4_wo_g64", "int4_wo_g32", "int4_wo_channel"}
+)
 _COPIED: Mapping[str, tuple[float, float]] = dict.fromkeys(("float32", "float16", "bfloat16"), (0.0, 0.0))
 # Features turned in float32 and rounded to the activation dtype.
 _ROUNDED: Mapping[str, tuple[float, float]] = {**_SUMMED, "float32": (1e-5, 1e-5), "float16": (2e-3, 2e-3)}
@@ -28,7 +31,7 @@ _ROUNDED: Mapping[str, tuple[float, float]] = {**_SUMMED, "float32": (1e-5, 1e-5
 
 @hookimpl
 def precisions() -> Iterable[Precision]:
-    return (
+    offered = (
         Precision(
             name="fp8",
             format="plexor_quant.fp8:Fp8Format",
@@ -70,6 +73,7 @@ def precisions() -> Iterable[Precision]:
             needs="runs anywhere; refuses weights that are not 2:4",
         ),
     )
+    return tuple(_writable(each) if each.name in _WRITTEN else each for each in offered)
 
 
 @hookimpl
@@ -146,6 +150,15 @@ def kernels() -> Iterable[Kernel]:
         _on_cpu("int4_wo_grouped_linear"),
         replace(_on_cpu("int8_paged_attention"), kv_dtypes=frozenset({"int8"})),
         *_sparse24_kernels(),
+    )
+
+
+def _writable(precision: Precision) -> Precision:
+    """One in which `plexor quantize` writes checkpoints."""
+    return replace(
+        precision,
+        written=f"plexor_quant.written.compressed_tensors:{precision.name}",
+        calibrate=f"plexor_quant.calibration.precisions:{precision.name}",
     )
 
 

@@ -25,6 +25,7 @@ from plexor_quant.calibration.smoothing import find_folds
 CATALOG = Catalog.load()
 INT4 = Grid(7.0, torch.bfloat16, 32)
 INT8 = Grid(127.0, torch.float32)
+E4M3 = Grid(448.0, torch.float32, codes=torch.float8_e4m3fn)
 
 
 def _inputs(rows: int, in_features: int, seed: int = 0) -> Tensor:
@@ -45,7 +46,7 @@ def _error(weight: Tensor, rounded: Rounded, x: Tensor) -> float:
 
 
 @pytest.mark.parametrize("in_features", [31, 64, 75, 257])
-@pytest.mark.parametrize("grid", [INT4, INT8], ids=["int4", "int8"])
+@pytest.mark.parametrize("grid", [INT4, INT8, E4M3], ids=["int4", "int8", "e4m3"])
 def test_gptq_lowers_the_output_error_of_plain_rounding(grid: Grid, in_features: int) -> None:
     x, weight = _inputs(400, in_features), _weight(19, in_features)
     gram = x.T @ x
@@ -146,24 +147,14 @@ def _tokens(count: int) -> list[int]:
     return random_prompts(307, (count,), seed=5)[0]
 
 
-@pytest.mark.parametrize("precision", ["w4a_fp8", "int8_sq"])
+@pytest.mark.parametrize("precision", ["fp8", "w4a_fp8", "int8_sq", "int4_wo_channel"])
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_what_is_kept_is_what_the_calibrated_model_multiplies_by(
     architecture: str, precision: str, tmp_path: Path
 ) -> None:
     folder = write_checkpoint(tmp_path, architecture, CONFIGS[architecture]())
     built, target = load_model(folder, CATALOG), load_model(folder, CATALOG, precision=precision)
-    done: list[tuple[int, int]] = []
-    kept = calibrate(
-        built.module,
-        built.build,
-        _tokens(95),
-        30,
-        find_scheme(precision),
-        gain_dtype=torch.float32,
-        progress=lambda layer, layers: done.append((layer, layers)),
-    )
-    assert done == [(1, 2), (2, 2)]
+    kept = calibrate(built.module, built.build, _tokens(95), 30, find_scheme(precision), gain_dtype=torch.float32)
     modules, targets = dict(built.module.named_modules()), dict(target.module.named_modules())
     quantised = {
         name
@@ -233,5 +224,5 @@ def test_what_cannot_be_calibrated_is_refused(llama: Path) -> None:
     built = load_model(llama, CATALOG)
     with pytest.raises(RequestError, match="29 tokens, fewer than a window of 30"):
         calibrate(built.module, built.build, _tokens(29), 30, find_scheme("w4a_fp8"), gain_dtype=torch.float32)
-    with pytest.raises(ConfigError, match="does not serve the precision 'fp8'"):
-        find_scheme("fp8")
+    with pytest.raises(ConfigError, match="does not serve the precision 'dense'"):
+        find_scheme("dense")

@@ -24,7 +24,7 @@ def clipped(weight: Tensor, gram: Tensor, grid: Grid) -> Rounded:
         better = error < least
         least = torch.where(better, error, least)
         wide = better.repeat_interleave(grid.group_size or weight.shape[1], dim=1)[:, : weight.shape[1]]
-        numbers = torch.where(wide, tried.numbers, best.numbers)
+        numbers = torch.where(wide, tried.numbers.float(), best.numbers.float()).to(grid.codes)
         best = Rounded(numbers, torch.where(better, tried.scale, best.scale), grid)
     return best
 

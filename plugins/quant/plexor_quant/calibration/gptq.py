@@ -4,6 +4,7 @@ The inverse of the gram is held by its upper Cholesky factor U. After column j h
 columns after it is minus the error over U[j, j], times U[j, j + 1:]; the output's error grows by (error / U[j, j])².
 Columns keep their order, so groups stay consecutive. Where scales belong to groups, a group is carried through with
 several scales for each row, clipped by the ratios of the clip search, and the row keeps the one with the least growth.
+One scale for a whole row is that of the clip search.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import torch
 from torch import Tensor
 
 from plexor.api import CheckpointError
-from plexor_quant.calibration.clip import RATIOS
-from plexor_quant.calibration.grid import Grid, Rounded, round_groups
+from plexor_quant.calibration.clip import RATIOS, clipped
+from plexor_quant.calibration.grid import Grid, Rounded
 
 DAMPING = 0.01
 """Of the gram's mean diagonal, added to its diagonal: few inputs make it singular."""
@@ -27,9 +28,9 @@ def gptq(weight: Tensor, gram: Tensor, grid: Grid) -> Rounded:
     left = weight.float().clone()
     in_features = left.shape[1]
     factor = _inverse_factor(gram)
-    numbers = torch.empty_like(left, dtype=torch.int8)
+    numbers = torch.empty_like(left, dtype=grid.codes)
     # A row's one scale is met by every block, so it is chosen before the first; a group's when its columns come.
-    row = round_groups(left, grid, 1.0).scale if grid.group_size is None else None
+    row = clipped(left, gram, grid).scale if grid.group_size is None else None
     scales = []
     size = grid.group_size or BLOCK
     for start in range(0, in_features, size):
@@ -40,7 +41,7 @@ def gptq(weight: Tensor, gram: Tensor, grid: Grid) -> Rounded:
             scales.append(scale)
         else:
             found, error = _round_block(left[:, start:stop], row, inner, grid)
-        numbers[:, start:stop] = found.to(torch.int8)
+        numbers[:, start:stop] = found.to(grid.codes)
         left[:, stop:] -= error @ factor[start:stop, stop:]
     return Rounded(numbers, torch.cat(scales, dim=1) if row is None else row, grid)
 

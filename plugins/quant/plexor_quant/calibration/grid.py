@@ -1,4 +1,4 @@
-"""Grids of integers with a scale for each row or group, and the roundings that look at one weight alone."""
+"""Grids of numbers with a scale for each row or group, and the roundings that look at one weight alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn import functional
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Integers from -largest to largest times a scale.
+    """Numbers from -largest to largest times a scale: all that codes, a dtype, can hold there.
 
     group_size: consecutive input features that share a scale, None for a whole row; the last group may be shorter.
     """
@@ -20,6 +20,7 @@ class Grid:
     largest: float
     scale_dtype: torch.dtype
     group_size: int | None = None
+    codes: torch.dtype = torch.int8
 
     def scale(self, magnitude: Tensor) -> Tensor:
         """The scale, as it is stored, that puts this magnitude on the largest number."""
@@ -27,8 +28,9 @@ class Grid:
         return (magnitude.float() / self.largest).to(self.scale_dtype).clamp_min(smallest)
 
     def round(self, weight: Tensor, scale: Tensor) -> Tensor:
-        """The nearest integers, as float32: what the stored scale times them comes closest to weight."""
-        return (weight / scale.float()).round().clamp(-self.largest, self.largest)
+        """The nearest numbers, as float32: what the stored scale times them comes closest to weight."""
+        numbers = (weight / scale.float()).clamp(-self.largest, self.largest)
+        return numbers.to(self.codes).float() if self.codes.is_floating_point else numbers.round()
 
     def groups(self, in_features: int) -> list[slice]:
         """The columns of each group."""
@@ -38,7 +40,7 @@ class Grid:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rounded:
-    """numbers: int8 [out, in]; scale [out, groups] in the grid's dtype."""
+    """numbers [out, in] and scale [out, groups] in the grid's dtypes."""
 
     numbers: Tensor
     scale: Tensor
@@ -69,4 +71,4 @@ def round_groups(weight: Tensor, grid: Grid, ratio: float) -> Rounded:
     grouped = functional.pad(weight, (0, num * size - in_features)).view(out_features, num, size)
     scale = grid.scale(ratio * grouped.abs().amax(dim=-1))
     numbers = grid.round(grouped, scale.unsqueeze(-1)).flatten(1)[:, :in_features]
-    return Rounded(numbers.to(torch.int8), scale, grid)
+    return Rounded(numbers.to(grid.codes), scale, grid)

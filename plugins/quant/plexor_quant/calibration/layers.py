@@ -6,7 +6,7 @@ linear layer or, while factors are searched, of one decoder layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from plexor.api import (
     Batch,
     Build,
+    CheckpointError,
     ConfigError,
     Decoder,
     DecoderLayer,
@@ -23,6 +24,7 @@ from plexor.api import (
     GroupedLinear,
     LayerCache,
     Linear,
+    LinearWeight,
     Pages,
     RequestError,
 )
@@ -37,9 +39,6 @@ SAMPLED_ROWS = 1024
 ROWS_AT_ONCE = 4096
 BLOCK_SIZE = 16
 
-Progress = Callable[[int, int], None]
-"""(layers done, layers in all)."""
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Piece:
@@ -50,7 +49,52 @@ class Piece:
     context: ForwardContext
 
 
-@torch.no_grad()
+class TextCalibration:
+    """A Calibration: the text on its way through the decoder, which has come as far as the layers that were rounded.
+
+    Weights become what the rounded ones mean, gains of norms take up factors (gain_dtype: in which they will be kept).
+    The text is cut into windows of this many tokens; a last one that is shorter is left out.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        build: Build,
+        token_ids: Sequence[int],
+        window: int,
+        scheme: Scheme,
+        gain_dtype: torch.dtype,
+    ) -> None:
+        if build.mesh.size > 1:
+            raise ConfigError(f"calibration runs on one rank, not on {build.mesh.size}: leave --tp out")
+        if len(token_ids) < window:
+            raise RequestError(
+                f"the text has {len(token_ids)} tokens, fewer than a window of {window}: give a longer one"
+            )
+        self._build = build
+        self._scheme = scheme
+        self._gain_dtype = gain_dtype
+        self._num_layers = len(decoder.layers)
+        self._num_done = 0
+        self._pieces = _pieces(decoder, build, token_ids, window)
+
+    @torch.no_grad()
+    def round(self, layer: DecoderLayer) -> dict[LinearWeight, dict[str, Tensor]]:
+        """What the format keeps of each linear layer; stacks have a leading axis of groups.
+
+        ConfigError where linear layers run fused, CheckpointError where the text gives numbers that are not finite.
+        """
+        run = _LayerRun(layer, self._build, self._num_layers)
+        found, self._pieces = _calibrate_layer(run, self._pieces, self._scheme, self._gain_dtype)
+        self._num_done += 1
+        if not all(bool(piece.hidden.isfinite().all()) for piece in self._pieces):
+            raise CheckpointError(
+                f"layer {self._num_done} of {self._num_layers} makes NaN or infinity of the calibration text: the "
+                "weights are damaged, download the checkpoint again"
+            )
+        return found
+
+
 def calibrate(
     model: nn.Module,
     build: Build,
@@ -59,31 +103,20 @@ def calibrate(
     scheme: Scheme,
     *,
     gain_dtype: torch.dtype,
-    progress: Progress | None = None,
 ) -> dict[str, dict[str, Tensor]]:
-    """Round every linear layer of the model's decoder on a text; what the precision's format keeps, by module name.
+    """Round every linear layer of a model's decoder on a text; what the precision's format keeps, by module name.
 
-    The model is dense, of one rank, and is changed: its weights become what the rounded ones mean, gains of norms take
-    up factors (gain_dtype: in which they will be kept). Stacks keep a leading axis of groups. The text is cut into
-    windows of this many tokens; a last one that is shorter is left out.
-    ConfigError for a model of several ranks or one whose layers run fused; RequestError for too short a text.
+    The model is dense, of one rank, and is changed, as TextCalibration says. ConfigError for one without a decoder.
     """
-    if build.mesh.size > 1:
-        raise ConfigError(f"calibration runs on one rank, not on {build.mesh.size}: leave --tp out")
-    if len(token_ids) < window:
-        raise RequestError(f"the text has {len(token_ids)} tokens, fewer than a window of {window}: give a longer one")
     decoder = next((module for module in model.modules() if isinstance(module, Decoder)), None)
     if decoder is None:
         raise ConfigError(f"{type(model).__name__} has no decoder: calibration does not serve it")
-    pieces = _pieces(decoder, build, token_ids, window)
     names = {module: name for name, module in model.named_modules()}
-    kept = {}
-    for index, layer in enumerate(decoder.layers):
+    calibration = TextCalibration(decoder, build, token_ids, window, scheme, gain_dtype)
+    kept: dict[str, dict[str, Tensor]] = {}
+    for layer in decoder.layers:
         assert isinstance(layer, DecoderLayer)
-        found, pieces = _calibrate_layer(_LayerRun(layer, build, len(decoder.layers)), pieces, scheme, gain_dtype)
-        kept.update({names[linear]: stored for linear, stored in found.items()})
-        if progress is not None:
-            progress(index + 1, len(decoder.layers))
+        kept.update({names[linear]: stored for linear, stored in calibration.round(layer).items()})
     return kept
 
 
@@ -133,11 +166,11 @@ class _LayerRun:
 
 def _calibrate_layer(
     run: _LayerRun, pieces: list[Piece], scheme: Scheme, gain_dtype: torch.dtype
-) -> tuple[dict[Linear | GroupedLinear, dict[str, Tensor]], list[Piece]]:
+) -> tuple[dict[LinearWeight, dict[str, Tensor]], list[Piece]]:
     """What is kept of the layer's linear layers, and the pieces as the rounded layer leaves them."""
     linears = _in_order(run, pieces)
     _smooth_layer(run, pieces, scheme, gain_dtype)
-    kept = {}
+    kept: dict[LinearWeight, dict[str, Tensor]] = {}
     with _rounded_inputs(linears, scheme) as rounding:
         for linear in linears:
             statistics = _collect(run, pieces, [linear])[linear]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,9 +13,10 @@ from plexor_quant.calibration.gptq import gptq
 from plexor_quant.calibration.grid import Grid, Rounded, Rounding, nearest
 from plexor_quant.calibration.smoothing import Factors, awq_factors, smoothquant_factors
 from plexor_quant.packing import INT4_MAX, pack
-from plexor_quant.rounding import INT8_MAX, round_e4m3, round_int8
+from plexor_quant.rounding import E4M3_MAX, INT8_MAX, round_e4m3, round_int8
 
-GROUP_SIZE = 128
+INT4_GROUPS: Mapping[str, int | None] = {"int4_wo": 128, "int4_wo_g64": 64, "int4_wo_g32": 32, "int4_wo_channel": None}
+"""Precisions with 4-bit weights and activations as they are, and the groups of input features that share a scale."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,20 +37,26 @@ class Scheme:
 
 def find_scheme(precision: str) -> Scheme:
     """The best that is known for a precision; ConfigError for one that calibration does not serve."""
-    schemes = {"w4a_fp8": _w4a_fp8, "int8_sq": _int8_sq}
+    e4m3, int8 = Grid(E4M3_MAX, torch.float32, codes=torch.float8_e4m3fn), Grid(INT8_MAX, torch.float32)
+    schemes = {
+        "fp8": Scheme(e4m3, gptq, nearest, smoothquant_factors, _through_e4m3, _keep_rows),
+        "int8_sq": Scheme(int8, gptq, nearest, smoothquant_factors, _through_int8, _keep_rows),
+        "w4a_fp8": Scheme(_int4(128), gptq, nearest, awq_factors, _through_e4m3, _keep_int4),
+        "int8_wo": Scheme(int8, gptq, nearest, awq_factors, _as_they_are, _keep_rows),
+    }
+    for name, group_size in INT4_GROUPS.items():
+        schemes[name] = Scheme(_int4(group_size), gptq, nearest, awq_factors, _as_they_are, _keep_int4)
     if precision not in schemes:
         raise ConfigError(f"calibration does not serve the precision {precision!r}: choose {' or '.join(schemes)}")
-    return schemes[precision]()
+    return schemes[precision]
 
 
-def _w4a_fp8() -> Scheme:
-    grid = Grid(INT4_MAX, torch.bfloat16, GROUP_SIZE)
-    return Scheme(grid, gptq, nearest, awq_factors, _through_e4m3, _keep_int4)
+def _int4(group_size: int | None) -> Grid:
+    return Grid(INT4_MAX, torch.bfloat16, group_size)
 
 
-def _int8_sq() -> Scheme:
-    grid = Grid(INT8_MAX, torch.float32)
-    return Scheme(grid, gptq, nearest, smoothquant_factors, _through_int8, _keep_int8)
+def _as_they_are(x: Tensor) -> Tensor:
+    return x
 
 
 def _through_e4m3(x: Tensor) -> Tensor:
@@ -66,5 +73,5 @@ def _keep_int4(rounded: Rounded) -> dict[str, Tensor]:
     return {"weight": pack(rounded.numbers), "scale": rounded.scale}
 
 
-def _keep_int8(rounded: Rounded) -> dict[str, Tensor]:
+def _keep_rows(rounded: Rounded) -> dict[str, Tensor]:
     return {"weight": rounded.numbers, "scale": rounded.scale.squeeze(1)}

@@ -1,0 +1,1 @@
+"""Layouts in which quantised checkpoints are written."""
