@@ -77,10 +77,11 @@ if TYPE_CHECKING:
         Multiply,
         Stored,
     )
-    from plexor.model.linear import Cut, GroupedLinear, Linear, Part
+    from plexor.model.linear import Cut, GroupedLinear, Linear, LinearWeight, Part
     from plexor.model.media import MediaModel
     from plexor.model.norm import LayerNorm, RMSNorm
     from plexor.model.rotary import Rotary, read_rotary
+    from plexor.model.written import Calibration, WrittenFormat
     from plexor.runtime.request import Media, MediaProcessor, Output
     from plexor.runtime.stats import StepObserver, StepStats
 
@@ -160,10 +161,11 @@ _HOMES = {
         "Multiply",
         "Stored",
     ),
-    "plexor.model.linear": ("Cut", "GroupedLinear", "Linear", "Part"),
+    "plexor.model.linear": ("Cut", "GroupedLinear", "Linear", "LinearWeight", "Part"),
     "plexor.model.media": ("MediaModel",),
     "plexor.model.norm": ("LayerNorm", "RMSNorm"),
     "plexor.model.rotary": ("Rotary", "read_rotary"),
+    "plexor.model.written": ("Calibration", "WrittenFormat"),
     "plexor.runtime.request": ("Media", "MediaProcessor", "Output"),
     "plexor.runtime.stats": ("StepObserver", "StepStats"),
 }
@@ -178,6 +180,7 @@ __all__ = [
     "AttentionConfig",
     "Batch",
     "Build",
+    "Calibration",
     "Call",
     "CapacityError",
     "Catalog",
@@ -215,6 +218,7 @@ __all__ = [
     "Linear",
     "LinearFormat",
     "LinearShape",
+    "LinearWeight",
     "LogitRows",
     "Media",
     "MediaModel",
@@ -256,6 +260,7 @@ __all__ = [
     "Transpose",
     "VocabEmbedding",
     "WeightRule",
+    "WrittenFormat",
     "activation",
     "added_call",
     "dense_attention",
