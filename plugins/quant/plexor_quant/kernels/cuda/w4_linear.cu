@@ -1,0 +1,515 @@
+// The product of many rows over four-bit weights: y[T, N] = epilogue(x[T, K] W[N, K]^T).
+//
+//   device memory    W, row-major, two nibbles a byte       x, its features in the order of w4_prepare.cu
+//        |  weight thread: a bulk tensor copy a stage,        |  activation thread: the same, but only after the
+//        v  never waits for the previous kernel               v  previous kernel has ended
+//   shared memory    ring of stages {weight tile 128 x 256, x tile COLUMNS x 256, ZERO: sums of x}
+//        |  two warpgroups, each with 64 of the tile's rows: nibbles to registers, exactly widened to x's type
+//        v
+//   registers        wgmma with the weight as the A operand, from registers -> float32 sums of one group of k
+//        |  times the group's scale
+//        v
+//   registers        float32 totals -> (SPLIT > 1: added up over a cluster through shared memory) -> epilogue
+//
+// A tile is two groups of 64 weight rows at a distance of PAIR rows, which lie in shared memory eight and eight by turns,
+// as in the core's wide_linear.cu. While the tensor cores multiply 128 k, the next 128 are widened.
+//
+// A nibble n means n - 8, or with ZERO n less a zero point of its group: then sums start at (8 - zero) * sum of x over
+// the group, and not at 0.
+//
+// The compiler is given:
+//   COLUMNS   rows of x of a tile: 32, 64 or 128
+//   PARTS     1, or 2 to multiply a tile's columns in two halves, the scale of one being applied while the other is multiplied
+//   SPLIT     blocks of a cluster that share a tile, each with a part of k: 1, 2 or 4
+//   SHARE     blocks of a cluster that share x, each with a tile of its own: 1 or 2
+//   GROUP     k of a sum that is scaled: 128, 64 or 32
+//   E4M3      x is e4m3 with a float32 scale for each row, else bfloat16, or with HALF float16
+//   HALF, EPILOGUE, NARROW   as in the core's wide_linear.cu
+//   ZERO      groups have zero points
+
+constexpr int ROWS = 64;
+constexpr int CONSUMERS = 256;
+constexpr int THREADS = CONSUMERS + 128;
+constexpr int CLUSTER = SPLIT * SHARE;
+constexpr int TILES_N = COLUMNS / 8;
+constexpr int STAGE_K = 256;
+constexpr int STEP_K = 128;  // of which a lane holds widened weights
+constexpr int X_SIZE = E4M3 ? 1 : 2;
+constexpr int BOX_K = 128 / X_SIZE;          // of x
+constexpr int MULTIPLY_K = 32 / X_SIZE;      // of one wgmma
+constexpr int STEP_MULTIPLIES = STEP_K / MULTIPLY_K;
+constexpr int UNITS = STEP_K / GROUP;        // sums of a step
+constexpr int STAGE_UNITS = STAGE_K / GROUP;
+constexpr int UNIT_MULTIPLIES = GROUP / MULTIPLY_K;
+constexpr int WEIGHT_BYTES = 2 * ROWS * STAGE_K / 2;
+constexpr int X_BOX_BYTES = COLUMNS * 128;
+constexpr int X_BYTES = STAGE_K / BOX_K * X_BOX_BYTES;
+constexpr int SUM_BYTES = ZERO ? STAGE_UNITS * COLUMNS * 4 : 0;
+constexpr int STAGE_BYTES = WEIGHT_BYTES + X_BYTES + (SUM_BYTES + 1023) / 1024 * 1024;
+constexpr int MOST_STAGES = 16;
+constexpr int BAND = 8;  // column tiles that are multiplied by all weights before the next: they stay in the L2
+
+#define PART (COLUMNS / PARTS)  // columns of one wgmma
+constexpr int PART_SUMS = PART / 2;
+
+static_assert(SPLIT == 1 || SHARE == 1, "a cluster shares a tile or x");
+static_assert(PART >= 32, "a part has 32 columns at least");
+
+struct Coded {
+  const u16* scale;           // bfloat16 [N, groups]
+  const unsigned char* zero;  // ZERO: [N, groups]
+  const float* token_scale;   // E4M3: [T]
+  const float* sums;          // ZERO: of x, [units, sum_stride]
+  int sum_stride;
+  int num_groups;
+  int group_units;  // units of GROUP k that share a scale
+};
+
+#if E4M3
+#define KIND "k32.f32.e4m3.e4m3"
+#define TAIL "adds, 1, 1"
+#elif HALF
+#define KIND "k16.f32.f16.f16"
+#define TAIL "adds, 1, 1, 0"
+#else
+#define KIND "k16.f32.bf16.bf16"
+#define TAIL "adds, 1, 1, 0"
+#endif
+#define FOUR(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define SIXTEEN(d, i) FOUR(d, i), FOUR(d, i + 4), FOUR(d, i + 8), FOUR(d, i + 12)
+
+// Adds to d, or replaces it, the product of 64 rows and PART columns over MULTIPLY_K k.
+__device__ __forceinline__ void multiply(float* d, const u32* a, u64 b, int adds) {
+#if PART == 32
+  asm volatile(
+      "{\n.reg .pred adds;\nsetp.ne.b32 adds, %21, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n32" KIND " "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+      "{%16, %17, %18, %19}, %20, " TAIL ";\n}"
+      : SIXTEEN(d, 0)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds));
+#endif
+#if PART == 64
+  asm volatile(
+      "{\n.reg .pred adds;\nsetp.ne.b32 adds, %37, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64" KIND " "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+      "{%32, %33, %34, %35}, %36, " TAIL ";\n}"
+      : SIXTEEN(d, 0),
+        SIXTEEN(d, 16)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds));
+#endif
+#if PART == 128
+  asm volatile(
+      "{\n.reg .pred adds;\nsetp.ne.b32 adds, %69, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128" KIND " "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+      "{%64, %65, %66, %67}, %68, " TAIL ";\n}"
+      : SIXTEEN(d, 0),
+        SIXTEEN(d, 16),
+        SIXTEEN(d, 32),
+        SIXTEEN(d, 48)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds));
+#endif
+}
+
+// Where wgmma finds rows of 128 bytes under the 128-byte swizzle: eight rows are 1024 bytes.
+__device__ __forceinline__ u64 operand(u32 address) {
+  return (u64)((address & 0x3FFFF) >> 4) | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
+}
+
+template <int LEFT>
+__device__ __forceinline__ void wait_for_products() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
+}
+
+// Four words of each lane: word lane % 4 of row lane / 4 of four matrices of 8 rows of 16 bytes.
+__device__ __forceinline__ void load_matrices(u32* words, u32 address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(address)
+               : "memory");
+}
+
+// Bytes of {high, low} by the four low nibbles of the selector. A nibble beyond 7 gives the sign of byte n - 8, eight times.
+__device__ __forceinline__ u32 permute(u32 low, u32 high, u32 selector) {
+  u32 bytes;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(low), "r"(high), "r"(selector));
+  return bytes;
+}
+
+#if E4M3
+constexpr float UNIT_VALUE = 256.0f;  // widened numbers are 1/256 of what they mean
+
+// Four nibbles, in order, to e4m3: n - 8, as a sign and 2 |n - 8|, which is linear up to 16.
+// negative: nibbles, of which those below 8 count; positive: nibbles ^ 8, likewise.
+__device__ __forceinline__ u32 widen_four(u32 negative, u32 positive) {
+  const u32 below = permute(0x45464748, 0x41424344, negative);  // sign and 2 |n - 8|, halved; 0 for n > 7
+  const u32 above = permute(0x06040200, 0x0E0C0A08, positive);  // 2 |n - 8|; 0 for n < 8
+  return below * 2 + above;
+}
+
+// Eight nibbles of a row to its share of one wgmma, in the first or the last numbers of each pair of registers.
+__device__ __forceinline__ void widen_word(u32* a, u32 word) {
+  const u32 flipped = word ^ 0x88888888;
+  a[0] = widen_four(word, flipped);
+  a[2] = widen_four(word >> 16, flipped >> 16);
+}
+#else
+constexpr float UNIT_VALUE = 1.0f;
+
+// Nibbles 0 and 4 to n - 8: n is put behind a leading one that makes it 128 + n (float16: 1024 + n).
+__device__ __forceinline__ u32 widen_two(u32 word) {
+  u32 pair;
+#if HALF
+  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(pair) : "r"((word & 0x000F000F) | 0x64006400), "r"(0x64086408));
+#else
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;"
+      : "=r"(pair)
+      : "r"((word & 0x000F000F) | 0x43004300), "r"(0x3F803F80), "r"(0xC308C308));
+#endif
+  return pair;
+}
+
+// Eight nibbles of a row to its share of two wgmma.
+__device__ __forceinline__ void widen_word(u32* a, u32 word) {
+  a[0] = widen_two(word);
+  a[2] = widen_two(word >> 4);
+  a[4] = widen_two(word >> 8);
+  a[6] = widen_two(word >> 12);
+}
+#endif
+
+// A lane's share of a step's weights. rows: where the warp's 16 rows begin in shared memory; step: 0 or 1 of the stage.
+__device__ __forceinline__ void load_weights(u32* a, u32 rows, int step, int lane) {
+  u32 first[4], second[4];
+  const u32 address = rows + lane % 8 * 128 + ((step * 4 + lane / 8) ^ (lane % 8)) * 16;
+  load_matrices(first, address);
+  load_matrices(second, address + 8 * 128);
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    widen_word(a + i * STEP_MULTIPLIES, first[i]);
+    widen_word(a + i * STEP_MULTIPLIES + 1, second[i]);
+  }
+}
+
+__device__ __forceinline__ void copy_weight(u32 target, const TensorMap* map, int octet, int box, u32 barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%2, %3, %4, %5}], [%6], %7;"
+      ::"r"(target), "l"(map), "r"(box * STAGE_K / 2), "r"(0), "r"(0), "r"(octet), "r"(barrier), "l"(EVICT_FIRST)
+      : "memory");
+}
+
+// Rows of x of 128 bytes each; with SHARE to all blocks of the cluster.
+__device__ __forceinline__ void copy_x(u32 target, const TensorMap* map, int place, int row, u32 barrier) {
+#if SHARE > 1
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%2, %3}], [%4], %5;"
+      ::"r"(target), "l"(map), "r"(place), "r"(row), "r"(barrier), "h"((u16)((1 << SHARE) - 1))
+      : "memory");
+#else
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
+      ::"r"(target), "l"(map), "r"(place), "r"(row), "r"(barrier)
+      : "memory");
+#endif
+}
+
+__device__ __forceinline__ void copy_sums(u32 target, const float* sums, u32 barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+               ::"r"(target), "l"(sums), "n"(COLUMNS * 4), "r"(barrier)
+               : "memory");
+}
+
+__device__ __forceinline__ void cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ u32 remote(u32 address, int rank) {
+  u32 there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+  return there;
+}
+
+__device__ __forceinline__ float load_remote(u32 address, int rank) {
+  float value;
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(remote(address, rank)) : "memory");
+  return value;
+}
+
+// One thread of each warpgroup says that a stage has been read, to all blocks that write it.
+__device__ __forceinline__ void release(u32 barrier) {
+#if SHARE > 1
+#pragma unroll
+  for (int rank = 0; rank < SHARE; rank++)
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(remote(barrier, rank)) : "memory");
+#else
+  barrier_arrive(barrier);
+#endif
+}
+
+// A tile of weight rows and a tile of columns.
+struct Tile {
+  int row_tile;
+  int column;
+};
+
+// The item-th of all tiles: a band of columns after the other.
+__device__ __forceinline__ Tile tile_of(int item, int num_row_tiles, int num_column_tiles, int rank) {
+  const int units = num_row_tiles / SHARE, band = item / (units * BAND), rest = item - band * units * BAND;
+  const int width = min(BAND, num_column_tiles - band * BAND);
+  return {rest / width * SHARE + (SHARE > 1 ? rank : 0), band * BAND + rest % width};
+}
+
+// Scales, and zero points, of a stage's units for the two rows of a lane, as they are stored.
+struct Grid {
+  u16 scale[STAGE_UNITS][2];
+  unsigned char zero[ZERO ? STAGE_UNITS : 1][2];
+};
+
+__device__ __forceinline__ void load_grid(Grid& grid, const Coded& c, int row, int pair, int box) {
+#pragma unroll
+  for (int unit = 0; unit < STAGE_UNITS; unit++) {
+    const int group = min((box * STAGE_UNITS + unit) / c.group_units, c.num_groups - 1);
+    const long long first = (long long)row * c.num_groups + group, second = first + (long long)pair * c.num_groups;
+    grid.scale[unit][0] = c.scale[first];
+    grid.scale[unit][1] = c.scale[second];
+#if ZERO
+    grid.zero[unit][0] = c.zero[first];
+    grid.zero[unit][1] = c.zero[second];
+#endif
+  }
+}
+
+__device__ __forceinline__ float from_bfloat16(u16 bits) { return __uint_as_float((u32)bits << 16); }
+
+// What the sums of a unit begin with: (8 - zero) * sum of x.
+__device__ __forceinline__ void start_sums(float* sums, const Grid& grid, int unit, const float* x_sums, int lane) {
+#if ZERO
+  const float first = (8.0f - grid.zero[unit][0]) / UNIT_VALUE, second = (8.0f - grid.zero[unit][1]) / UNIT_VALUE;
+#pragma unroll
+  for (int n = 0; n < PART / 8; n++) {
+    const float2 x = *(const float2*)(x_sums + n * 8 + lane % 4 * 2);
+    sums[n * 4] = first * x.x;
+    sums[n * 4 + 1] = first * x.y;
+    sums[n * 4 + 2] = second * x.x;
+    sums[n * 4 + 3] = second * x.y;
+  }
+#endif
+}
+
+// Queues the products of one unit, or half of the columns of it.
+__device__ __forceinline__ void multiply_unit(float* sums, const u32* a, u32 x, int unit) {
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+  for (int i = 0; i < UNIT_MULTIPLIES; i++) {
+    const int k = unit * UNIT_MULTIPLIES + i;
+    multiply(sums, a + 4 * k, operand(x + k / 4 * X_BOX_BYTES) + k % 4 * 2, ZERO || i > 0);
+  }
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+// Adds scaled sums to the totals; their products must have been waited for.
+__device__ __forceinline__ void fold(float* totals, float* sums, float first, float second) {
+#pragma unroll
+  for (int i = 0; i < PART_SUMS; i++) asm volatile("" : "+f"(sums[i])::"memory");
+#pragma unroll
+  for (int i = 0; i < PART_SUMS; i += 4) {
+    totals[i] = fmaf(first, sums[i], totals[i]);
+    totals[i + 1] = fmaf(first, sums[i + 1], totals[i + 1]);
+    totals[i + 2] = fmaf(second, sums[i + 2], totals[i + 2]);
+    totals[i + 3] = fmaf(second, sums[i + 3], totals[i + 3]);
+  }
+}
+
+// The epilogue of COUNT times eight columns, whose operands are all asked for before the first is needed.
+template <int COUNT>
+__device__ __forceinline__ void finish(const Arguments& a, const Coded& c, const float* totals, int column, int row) {
+  Operands operands[COUNT][2];
+  float scale[COUNT][2];
+#pragma unroll
+  for (int n = 0; n < COUNT; n++)
+#pragma unroll
+    for (int e = 0; e < 2; e++) {
+      const int m = column + n * 8 + e;
+      if (m >= a.num_rows) continue;
+      operands[n][e] = load_operands(a, m, row);
+      scale[n][e] = E4M3 ? UNIT_VALUE * c.token_scale[m] : UNIT_VALUE;
+    }
+#pragma unroll
+  for (int n = 0; n < COUNT; n++)
+#pragma unroll
+    for (int e = 0; e < 2; e++) {
+      const int m = column + n * 8 + e;
+      if (m >= a.num_rows) continue;
+      store_pair(a, m, row, totals[n * 4 + e] * scale[n][e], totals[n * 4 + e + 2] * scale[n][e], operands[n][e]);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) w4_linear(
+    const __grid_constant__ TensorMap weight_map, const __grid_constant__ TensorMap x_map,
+    const __grid_constant__ Arguments a, const __grid_constant__ Coded c) {
+  extern __shared__ __align__(1024) char ring[];
+  __shared__ __align__(8) u64 barriers[2 * MOST_STAGES];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const u32 base = shared_address(ring), full = shared_address(barriers), empty = full + 8 * MOST_STAGES;
+  const int num_row_tiles = a.num_outputs / (2 * ROWS), num_column_tiles = (a.num_rows + COLUMNS - 1) / COLUMNS;
+  const int num_boxes = (a.num_inputs + STAGE_K - 1) / STAGE_K, num_items = num_row_tiles / SHARE * num_column_tiles;
+  const int rank = blockIdx.x % CLUSTER, part = SPLIT > 1 ? rank : 0;
+  const int first_box = num_boxes * part / SPLIT, end_box = num_boxes * (part + 1) / SPLIT;
+  const int first_item = blockIdx.x / CLUSTER, item_step = gridDim.x / CLUSTER;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < a.stages; i++) {
+      barrier_init(full + 8 * i, 2);
+      barrier_init(empty + 8 * i, 2 * SHARE);
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;");
+  }
+  __syncthreads();
+#if SHARE > 1
+  cluster_barrier();
+#endif
+  let_next_kernel_start();
+  int stage = 0;
+  u32 phase = 0;
+  float totals[TILES_N * 4];
+  const int group = warp / 4, row = group * 32 + warp % 4 * 8 + lane / 4;
+  if (warp >= CONSUMERS / 32) {
+#if COLUMNS == 128
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+#endif
+    if (warp == CONSUMERS / 32 && lane == 0) {
+      for (int item = first_item; item < num_items; item += item_step) {
+        const Tile tile = tile_of(item, num_row_tiles, num_column_tiles, rank);
+        const int octet = tile_row(tile.row_tile, ROWS, a.pair) / 8;
+        for (int box = first_box; box < end_box; box++) {
+          barrier_wait(empty + 8 * stage, phase ^ 1);
+          barrier_expect(full + 8 * stage, WEIGHT_BYTES);
+          copy_weight(base + stage * STAGE_BYTES, &weight_map, octet, box, full + 8 * stage);
+          if (++stage == a.stages) stage = 0, phase ^= 1;
+        }
+      }
+    } else if (warp == CONSUMERS / 32 + 1) {
+      wait_for_previous_kernel();
+      if (lane == 0) {
+        asm volatile("fence.proxy.async;" ::: "memory");
+        const int share = SHARE > 1 ? rank * (COLUMNS / SHARE) : 0;
+        for (int item = first_item; item < num_items; item += item_step) {
+          const int column = tile_of(item, num_row_tiles, num_column_tiles, rank).column * COLUMNS;
+          for (int box = first_box; box < end_box; box++) {
+            const u32 barrier = full + 8 * stage, target = base + stage * STAGE_BYTES + WEIGHT_BYTES;
+            barrier_wait(empty + 8 * stage, phase ^ 1);
+            barrier_expect(barrier, X_BYTES + SUM_BYTES);
+            for (int i = 0; i < STAGE_K / BOX_K; i++)
+              copy_x(target + i * X_BOX_BYTES + share * 128, &x_map, box * STAGE_K + i * BOX_K, column + share, barrier);
+#if ZERO
+            for (int unit = 0; unit < STAGE_UNITS; unit++)
+              copy_sums(target + X_BYTES + unit * COLUMNS * 4,
+                        c.sums + (long long)(box * STAGE_UNITS + unit) * c.sum_stride + column, barrier);
+#endif
+            if (++stage == a.stages) stage = 0, phase ^= 1;
+          }
+        }
+      }
+    }
+  } else {
+#if COLUMNS == 128
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+#endif
+    float sums[TILES_N * 4];
+    u32 weights[2][4 * STEP_MULTIPLIES];
+    Grid grid, next_grid;
+    const u32 warp_rows = base + (group * 64 + warp % 4 * 16) * 128;
+    if (first_item < num_items)
+      load_grid(next_grid, c, tile_row(tile_of(first_item, num_row_tiles, num_column_tiles, rank).row_tile, ROWS, a.pair) + row,
+                a.pair, first_box);
+    wait_for_previous_kernel();
+    for (int item = first_item; item < num_items; item += item_step) {
+      const Tile tile = tile_of(item, num_row_tiles, num_column_tiles, rank);
+      const int first_row = tile_row(tile.row_tile, ROWS, a.pair) + row;
+#pragma unroll
+      for (int i = 0; i < TILES_N * 4; i++) totals[i] = 0.0f;
+      barrier_wait(full + 8 * stage, phase);
+      load_weights(weights[0], warp_rows + stage * STAGE_BYTES, 0, lane);
+      for (int box = first_box; box < end_box; box++) {
+        grid = next_grid;
+        if (box + 1 < end_box) {
+          load_grid(next_grid, c, first_row, a.pair, box + 1);
+        } else if (item + item_step < num_items) {
+          const Tile next = tile_of(item + item_step, num_row_tiles, num_column_tiles, rank);
+          load_grid(next_grid, c, tile_row(next.row_tile, ROWS, a.pair) + row, a.pair, first_box);
+        }
+        const u32 x = base + stage * STAGE_BYTES + WEIGHT_BYTES;
+        const float* x_sums = (const float*)(ring + stage * STAGE_BYTES + WEIGHT_BYTES + X_BYTES);
+        const int this_stage = stage;
+        if (++stage == a.stages) stage = 0, phase ^= 1;
+#pragma unroll
+        for (int step = 0; step < 2; step++) {
+          const u32 step_x = x + step * (STEP_K / BOX_K) * X_BOX_BYTES;
+#pragma unroll
+          for (int u = 0; u < UNITS; u++) {
+            const int unit = step * UNITS + u;
+            const float first = from_bfloat16(grid.scale[unit][0]), second = from_bfloat16(grid.scale[unit][1]);
+#pragma unroll
+            for (int p = 0; p < PARTS; p++) {
+              start_sums(sums + p * PART_SUMS, grid, unit, x_sums + unit * COLUMNS + p * PART, lane);
+              multiply_unit(sums + p * PART_SUMS, weights[step], step_x + p * PART * 128, u);
+            }
+            if (u == UNITS - 1) {
+              if (step == 0) {
+                load_weights(weights[1], warp_rows + this_stage * STAGE_BYTES, 1, lane);
+              } else if (box + 1 < end_box) {
+                barrier_wait(full + 8 * stage, phase);
+                load_weights(weights[0], warp_rows + stage * STAGE_BYTES, 0, lane);
+              }
+            }
+#if PARTS == 2
+            wait_for_products<1>();
+            fold(totals, sums, first, second);
+#endif
+            wait_for_products<0>();
+            if (unit == STAGE_UNITS - 1 && threadIdx.x % 128 == 0) release(empty + 8 * this_stage);
+            fold(totals + (PARTS - 1) * PART_SUMS, sums + (PARTS - 1) * PART_SUMS, first, second);
+          }
+        }
+      }
+      if (SPLIT > 1) break;
+#pragma unroll
+      for (int n = 0; n < TILES_N; n += 4)
+        finish<4>(a, c, totals + n * 4, tile.column * COLUMNS + n * 8 + lane % 4 * 2, first_row);
+    }
+  }
+#if SPLIT > 1
+  // The ring is drained: its memory holds each thread's totals for the other blocks of the cluster.
+  if (warp < CONSUMERS / 32) {
+    asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");
+#pragma unroll
+    for (int i = 0; i < TILES_N * 4; i++) ((float*)ring)[i * CONSUMERS + threadIdx.x] = totals[i];
+  }
+  __syncwarp();
+  cluster_barrier();
+  if (warp < CONSUMERS / 32) {
+    const Tile tile = tile_of(first_item, num_row_tiles, num_column_tiles, rank);
+    const int first_row = tile_row(tile.row_tile, ROWS, a.pair) + row;
+    for (int n = TILES_N * rank / SPLIT; n < TILES_N * (rank + 1) / SPLIT; n++) {
+      float total[4] = {};
+#pragma unroll
+      for (int r = 0; r < SPLIT; r++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) total[i] += load_remote(base + ((n * 4 + i) * CONSUMERS + threadIdx.x) * 4, r);
+      finish<1>(a, c, total, tile.column * COLUMNS + n * 8 + lane % 4 * 2, first_row);
+    }
+  }
+#endif
+#if CLUSTER > 1
+  // No block ends while another may still write or read its memory.
+  __syncwarp();
+  cluster_barrier();
+#endif
+}
