@@ -1,0 +1,305 @@
+"""Times the attention of decode steps among the products of a layer: `python bench/decode_attention.py [PART ...]`.
+
+What counts is by how much a layer's products take longer with attention between them: kernels overlap. Layers run in
+one CUDA graph with weights and caches of their own. Variants are held to the reference first; a wrong one is not timed.
+PARTs: check, few, many, long (all of them without one).
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product as every
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plexor.batch import LayerCache, Pages
+from plexor.kernels.cuda.decode_attention import Cut, cut_for
+from plexor.kernels.cuda.decode_attention import DecodeAttention as ClusterAttention
+from plexor.kernels.cuda.linear_add import LinearAdd
+from plexor.kernels.cuda.norm_rotary_linear import NormRotaryLinear
+from plexor.kernels.reference.kv_write import saturated
+from plexor.kernels.reference.paged_attention import paged_attention
+from plexor.kernels.triton.decode_attention import DecodeAttention as SharedAttention
+from plexor.kernels.triton.decode_attention import DecodeTuning, decode_tuning
+
+HIDDEN, NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE = 4096, 32, 8, 128
+BLOCK_SIZE = 16
+LEAST_BLOCKS = 512
+"""Width of the block table at least: an engine's is as wide as its longest context."""
+
+REPLAYS = 7
+CUDA = torch.device("cuda")
+DTYPE = torch.bfloat16
+STORAGES = {"bf16": torch.bfloat16, "e4m3": torch.float8_e4m3fn, "int8": torch.int8}
+FEW = ((1, 256), (4, 256), (8, 256), (16, 256), (8, 1024))
+MANY = ((32, 320), (64, 320), (256, 320))
+LONG = ((1, 65536), (8, 65536))
+
+Attend = Callable[[Tensor, LayerCache, Tensor, Tensor, float, int | None, Tensor], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One layer's weights and cache."""
+
+    gain: Tensor
+    qkv: Mapping[str, Tensor]
+    out: Mapping[str, Tensor]
+    cache: LayerCache
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A decode step of some layers for sequences of the same length."""
+
+    layers: tuple[Layer, ...]
+    x: Tensor
+    cos: Tensor
+    sin: Tensor
+    positions: Tensor
+    slots: Tensor
+    block_table: Tensor
+    kv_length: Tensor
+
+    @property
+    def cache_bytes(self) -> int:
+        """That one layer's attention reads."""
+        parts = self.layers[0].cache
+        used = int(self.kv_length.sum()) / (parts["keys"].shape[0] * BLOCK_SIZE)
+        return int(used * sum(part.nbytes for part in parts.values()))
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    parts = sys.argv[1:] or ["check", "few", "many", "long"]
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {NUM_HEADS}/{NUM_KV_HEADS} heads of {HEAD_SIZE}")
+    if "check" in parts:
+        check_all()
+    for part, shapes in (("few", FEW), ("many", MANY), ("long", LONG)):
+        if part in parts:
+            for shape in shapes:
+                time_step(*shape)
+
+
+def variants(num_rows: int, storage: torch.dtype) -> dict[str, Attend]:
+    """What is timed for so many rows."""
+    processors = torch.cuda.get_device_properties(CUDA).multi_processor_count
+    chosen = cut_for(num_rows, NUM_KV_HEADS, HEAD_SIZE * storage.itemsize, processors)
+    cuts = {"chosen": chosen, **cluster_variants(chosen, num_rows)}
+    attends: dict[str, Attend] = {f"cuda {name}": ClusterAttention(_always(cut)) for name, cut in cuts.items()}
+    if storage != torch.int8:
+        attends["triton"] = SharedAttention()
+        for name, tuning in triton_variants(num_rows, storage).items():
+            attends[f"triton {name}"] = SharedAttention(_always(tuning))
+    return attends
+
+
+def cluster_variants(chosen: Cut, num_rows: int) -> dict[str, Cut]:
+    found = {
+        "r128": replace(chosen, registers=128),
+        "r255": replace(chosen, registers=255),
+        "c8": replace(chosen, cluster=8, shifts=max(chosen.shifts, min(num_rows, 2))),
+    }
+    if num_rows <= 16:
+        found["least4"] = replace(chosen, least=4)
+        found["least8"] = replace(chosen, least=8)
+        found["w4"] = replace(chosen, warps=4)
+    if chosen.spread > 1:
+        found["half tiles"] = replace(chosen, spread=chosen.spread // 2)
+    if num_rows > 16:
+        found["c4 r128"] = replace(chosen, cluster=4, shifts=max(8, -(-num_rows // 32)), registers=128)
+        found["c2 r128"] = replace(chosen, cluster=2, shifts=16, registers=128)
+        found["c1 r128"] = replace(chosen, cluster=1, shifts=32, registers=128)
+        found["c1 r152"] = replace(chosen, cluster=1, shifts=16)
+    return found
+
+
+def triton_variants(num_rows: int, storage: torch.dtype) -> dict[str, DecodeTuning]:
+    chosen = decode_tuning(num_rows, HEAD_SIZE, storage.itemsize)
+    if num_rows <= 16:
+        return {"many's": decode_tuning(64, HEAD_SIZE, storage.itemsize)}
+    return {
+        "early": replace(chosen, early=True),
+        "s4": replace(chosen, stages=4),
+        "tile64": replace(chosen, tile=64),
+        "tile64 p3": replace(chosen, tile=64, programs=3, registers=160),
+    }
+
+
+def _always(choice: Any) -> Callable[..., Any]:
+    return lambda *sizes: choice
+
+
+def time_step(num_rows: int, length: int) -> None:
+    for name, storage in STORAGES.items():
+        num_layers = max(2, min(8, (24 << 30) // (2 * num_rows * length * NUM_KV_HEADS * HEAD_SIZE * 2) // 2))
+        step = make_step(num_rows, length, storage, num_layers)
+        plain = timed(step, None)
+        expected = None
+        cells = []
+        for variant, attend in variants(num_rows, storage).items():
+            if expected is None:
+                expected = run(step, SharedAttention()) if storage != torch.int8 else run(step, attend)
+            y = run(step, attend)
+            if not agree(y, expected):
+                cells.append(f"{variant} WRONG by {float((y - expected).abs().max()):.3g}")
+                continue
+            seconds = timed(step, attend) - plain
+            cells.append(f"{variant} {seconds * 1e6:.1f} ({step.cache_bytes / seconds / 1e12:.2f})")
+        print(f"{num_rows} x {length} {name}: products {plain * 1e6:.1f} us; + " + ", ".join(cells), flush=True)
+
+
+def make_step(num_rows: int, length: int, storage: torch.dtype, num_layers: int) -> Step:
+    """Blocks lie anywhere in the cache; the newest entry of each sequence is written by the step."""
+    used = -(-length // BLOCK_SIZE)
+    table = torch.zeros(num_rows, max(used, LEAST_BLOCKS), dtype=torch.int32, device=CUDA)
+    table[:, :used] = torch.randperm(num_rows * used, device=CUDA).view(num_rows, used)
+    layers = tuple(make_layer(num_rows * used, storage) for _ in range(num_layers))
+    newest = table[:, (length - 1) // BLOCK_SIZE].long() * BLOCK_SIZE + (length - 1) % BLOCK_SIZE
+    angles = torch.rand(length, HEAD_SIZE // 2, device=CUDA)
+    return Step(
+        layers,
+        torch.randn(num_rows, HIDDEN, dtype=DTYPE, device=CUDA),
+        angles.cos(),
+        angles.sin(),
+        torch.full((num_rows,), length - 1, device=CUDA),
+        newest,
+        table,
+        torch.full((num_rows,), length, dtype=torch.int32, device=CUDA),
+    )
+
+
+def make_layer(num_blocks: int, storage: torch.dtype) -> Layer:
+    outputs = (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_SIZE
+    return Layer(
+        1 + 0.1 * torch.randn(HIDDEN, dtype=DTYPE, device=CUDA),
+        {"weight": torch.randn(outputs, HIDDEN, dtype=DTYPE, device=CUDA) * HIDDEN**-0.5},
+        {"weight": torch.randn(HIDDEN, NUM_HEADS * HEAD_SIZE, dtype=DTYPE, device=CUDA) * HIDDEN**-0.5},
+        make_cache((num_blocks, BLOCK_SIZE, NUM_KV_HEADS, HEAD_SIZE), storage),
+    )
+
+
+def make_cache(shape: tuple[int, int, int, int], storage: torch.dtype) -> LayerCache:
+    """Of random entries; of int8 with a scale for each position and head."""
+    parts: dict[str, Tensor] = {}
+    for name in ("keys", "values"):
+        if storage == torch.int8:
+            parts[name] = torch.randint(-127, 128, shape, dtype=torch.int8, device=CUDA)
+            parts[f"{name[:-1]}_scales"] = (0.5 + torch.rand(shape[:3], device=CUDA)) / 64
+        elif storage == torch.float8_e4m3fn:
+            parts[name] = torch.empty(shape, dtype=storage, device=CUDA)
+            for block in parts[name].split(4096):
+                block.copy_(saturated(torch.randn(block.shape, dtype=DTYPE, device=CUDA), storage))
+        else:
+            parts[name] = torch.randn(shape, dtype=storage, device=CUDA)
+    return parts
+
+
+def run(step: Step, attend: Attend | None) -> Tensor:
+    """The step's result; without attention the queries take its place."""
+    project, add = NormRotaryLinear(), LinearAdd()
+    x = step.x
+    spare = None
+    for layer in step.layers:
+        cache = layer.cache
+        if "key_scales" in cache:  # another kernel writes there: let this one write elsewhere
+            spare = make_cache((2, BLOCK_SIZE, NUM_KV_HEADS, HEAD_SIZE), DTYPE) if spare is None else spare
+            cache = spare
+        slots = step.slots if cache is layer.cache else step.slots % BLOCK_SIZE
+        q = project(x, layer.gain, 1e-5, layer.qkv, step.cos, step.sin, step.positions, slots, cache)
+        out = q
+        if attend is not None:
+            out = torch.empty_like(q)
+            attend(q, layer.cache, step.block_table, step.kv_length, HEAD_SIZE**-0.5, None, out)
+        x = add(out.flatten(1), layer.out, x)
+    return x
+
+
+def timed(step: Step, attend: Attend | None) -> float:
+    """Seconds of one layer, the median of replays."""
+    run(step, attend)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run(step, attend)
+    graph.replay()
+    times = []
+    for _ in range(REPLAYS):
+        started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        started.record()
+        graph.replay()
+        ended.record()
+        ended.synchronize()
+        times.append(started.elapsed_time(ended) / 1e3 / len(step.layers))
+    seconds: float = statistics.median(times)
+    return seconds
+
+
+def agree(y: Tensor, expected: Tensor) -> bool:
+    return bool(((y.float() - expected.float()).abs() <= 0.03 + 0.03 * expected.float().abs()).all())
+
+
+def check_all() -> None:
+    """Every cut against the reference, over lengths at the borders of tiles; stops at the first that is wrong."""
+    lengths = (0, 1, 15, 16, 17, 31, 33, 255, 256, 257, 5000)
+    cuts = (
+        Cut(8, 16, 1, 1, 1, 152),
+        Cut(4, 8, 2, 2, 1, 152),
+        Cut(8, 4, 3, 1, 4, 128),
+        Cut(8, 1, 2, 2, 8, 255),
+    )
+    heads = ((32, 8, 128), (7, 1, 128), (6, 6, 64), (16, 2, 64))
+    cases = list(every(STORAGES.items(), heads, (None, 100)))
+    for index, ((name, storage), sizes, window) in enumerate(cases):
+        for cut in cuts if index < 3 else cuts[index % 4 : index % 4 + 1]:
+            spread = max(1, 256 // (sizes[2] * storage.itemsize)) if index % 2 else cut.spread
+            chosen = replace(cut, spread=spread)
+            for rows in (lengths, (257,), (300,) * 20):
+                error = worst(chosen, storage, sizes, window, rows)
+                if error > 1:
+                    sys.exit(f"WRONG {name} {sizes} window {window} {rows} {chosen}: {error:.3g} of what is allowed")
+    print(f"check: {len(cases)} kinds of cache and heads agree with the reference", flush=True)
+
+
+def worst(
+    cut: Cut, storage: torch.dtype, sizes: tuple[int, int, int], window: int | None, lengths: Sequence[int]
+) -> float:
+    """Largest error of the kernel in parts of what is allowed; entries that no row may see are NaN."""
+    num_heads, num_kv_heads, size = sizes
+    used = [-(-length // BLOCK_SIZE) for length in lengths]
+    ids = torch.randperm(sum(used) + 1, device=CUDA).int()
+    table = torch.full((len(lengths), max(used)), int(ids[-1]), dtype=torch.int32, device=CUDA)
+    cache = dict(make_cache((sum(used) + 1, BLOCK_SIZE, num_kv_heads, size), storage))
+    poisoned = ("key_scales", "value_scales") if storage == torch.int8 else ("keys", "values")
+    first = 0
+    for row, count in enumerate(used):
+        table[row, :count] = ids[first : first + count]
+        first += count
+        if lengths[row] % BLOCK_SIZE:
+            for name in poisoned:
+                cache[name][int(table[row, count - 1]), lengths[row] % BLOCK_SIZE :] = float("nan")
+    for name in poisoned:
+        cache[name][int(ids[-1])] = float("nan")
+    q = 2 * torch.randn(len(lengths), num_heads, size, dtype=DTYPE, device=CUDA)
+    kv_length = torch.tensor(lengths, dtype=torch.int32, device=CUDA)
+    wide = {name: cache[name].float() for name in ("keys", "values")}
+    if storage == torch.int8:
+        wide = {name: wide[name] * cache[f"{name[:-1]}_scales"].unsqueeze(-1) for name in wide}
+    pages = Pages(torch.arange(len(lengths) + 1, device=CUDA), kv_length, table, 1)
+    expected = paged_attention(q.float(), wide, pages, size**-0.5, window)
+    kernel = ClusterAttention(_always(cut))
+    most = 0.0
+    for _ in range(3):
+        out = torch.full_like(q, float("nan"))
+        kernel(q, cache, table, kv_length, size**-0.5, window, out)
+        error = (out.float() - expected).abs() / (1e-2 + 1.6e-2 * expected.abs())
+        most = max(most, float(error.nan_to_num(nan=1e9).max()))
+    return most
+
+
+if __name__ == "__main__":
+    main()

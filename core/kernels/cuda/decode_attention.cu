@@ -1,0 +1,585 @@
+// Attention of one-row sequences: every number of the cache is read once, into registers, and partial results meet in
+// shared memory, first a block's, then through the cluster.
+//
+//   tiles of the rows  |0 0 0 0 0 0|1 1|2 2 2 2 2 2 2 2|     those of one KV head stand in a row, GROUP heads read each
+//   blocks             |0      |1      |2      |3      |     of a cluster take equal shares of them
+//   warps              |0 1 2 3|0 1 2 3|0 1 0 1 ...          of a block take turns within a row
+//
+// A row that one block has whole (1) is written by it. Of one that is cut (0, 2), each block keeps its part, in slot 1
+// where the row begins in its share, otherwise in slot 0; then all blocks add up the parts, each some of the features.
+//
+// Before the previous kernel has ended, each warp has asked for its first tile but for the newest position, which that
+// kernel writes. From then on a tile's keys are asked for as soon as the products with those of the tile before are
+// done, and its values likewise.
+//
+// A tile is SUB times 16 positions. Fragments are made of what a lane loads, 16 bytes at a time, without a
+// detour: any order of the features will do that is the same for both operands. Lane (g, t) holds
+//
+//   keys     positions g and g + 8, chunks t, t + 4, ...    B operand of scores = queries keys^T
+//   queries  head g, the same chunks                        A operand, whose rows 8 to 15 are zero
+//   scores   head g, positions 2 t, 2 t + 1, and + 8        which is the B operand of out^T = values^T weights^T
+//   values   positions 2 t, 2 t + 1, and + 8, chunks g, g + 8    pairs of positions, picked from two registers, are its A
+//
+// The compiler is given: HEAD_SIZE (64 or 128), GROUP (at most 8), BLOCK_SIZE (a multiple of 16), STORAGE, HALF (q is
+// float16, otherwise bfloat16), WINDOWED, SUB, WARPS, CLUSTER, LEAST (tiles of a share at least) and REGISTERS.
+
+#define SAME 0    // entries in the dtype of q
+#define FLOAT8 1  // float8_e4m3fn
+#define SCALED 2  // int8 times a float32 for each position and head
+
+constexpr int BYTES = STORAGE == SAME ? 2 : 1;
+constexpr int ENTRY = HEAD_SIZE * BYTES;
+constexpr int TILE = 16 * SUB;
+constexpr int KEY_LOADS = ENTRY / 64;                 // of 16 bytes, of each position's key
+constexpr int VALUE_WORDS = ENTRY / 32;               // of each position's value
+constexpr int RUN = VALUE_WORDS >= 4 ? 16 / BYTES : 8;  // adjacent features of a value that a lane loads
+constexpr int QUERY_WORDS = HEAD_SIZE / 8;
+constexpr int PARTS = HEAD_SIZE / 16;  // groups of 16 features, 2 for each of 8 lanes g
+constexpr int THREADS = WARPS * 32;
+constexpr int NUMBERS = GROUP * HEAD_SIZE;  // of a row's result
+constexpr int PARTIAL_HALF = HALF || STORAGE != SAME;  // products are made of float16
+constexpr int SCALES = (TILE + 31) / 32;               // of positions that a lane loads
+constexpr float LOWEST = -1e30f;  // finite, so that it can be subtracted from itself
+constexpr float FAINTEST = 7.8886e-31f;  // 2^-100, for the scale of a value of zeros
+
+struct Decodes {
+  const u16* q;
+  const char* keys;
+  const char* values;
+  const float* key_scales;
+  const float* value_scales;
+  const int* block_table;
+  const int* kv_length;
+  u16* out;
+  long long q_row_stride;
+  long long q_head_stride;
+  long long out_row_stride;
+  long long table_stride;
+  int entry_stride;  // of the cache, in bytes
+  int num_rows;
+  int num_kv_heads;
+  int num_shifts;  // clusters of a KV head: one has every so many rows
+  int window;
+  float scale_log2;
+};
+
+struct Mark {
+  float best;
+  float mass;
+};
+
+struct Row {
+  int length;
+  int row;     // of q
+  int lowest;  // position that is seen
+  int start;   // number of its first tile
+  int end;
+  int skipped;  // tiles before the first that is seen
+};
+
+struct Tile {
+  u32 keys[SUB][2][KEY_LOADS * 4];
+  u32 values[SUB][4][VALUE_WORDS];
+  float key_scales[SCALES];
+  float value_scales[SCALES];
+};
+
+// Past the first cache, which may hold what a line was before the previous kernel wrote into it; what is not there
+// stays as it is.
+__device__ __forceinline__ void load_words(u32* target, const void* source, bool there) {
+  asm volatile(
+      "{\n"
+      ".reg .pred there;\n"
+      "setp.ne.b32 there, %5, 0;\n"
+      "@there ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+      "}"
+      : "+r"(target[0]), "+r"(target[1]), "+r"(target[2]), "+r"(target[3])
+      : "l"(source), "r"((int)there)
+      : "memory");
+}
+
+__device__ __forceinline__ void load_two_words(u32* target, const void* source, bool there) {
+  asm volatile(
+      "{\n"
+      ".reg .pred there;\n"
+      "setp.ne.b32 there, %3, 0;\n"
+      "@there ld.global.cg.v2.u32 {%0, %1}, [%2];\n"
+      "}"
+      : "+r"(target[0]), "+r"(target[1])
+      : "l"(source), "r"((int)there)
+      : "memory");
+}
+
+__device__ __forceinline__ void load_scale(float& target, const float* source, bool there) {
+  asm volatile(
+      "{\n"
+      ".reg .pred there;\n"
+      "setp.ne.b32 there, %2, 0;\n"
+      "@there ld.global.cg.f32 %0, [%1];\n"
+      "}"
+      : "+f"(target)
+      : "l"(source), "r"((int)there)
+      : "memory");
+}
+
+__device__ __forceinline__ float power_of_two(float x) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
+}
+
+__device__ __forceinline__ void multiply(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+#define MULTIPLY(dtype)                                                                                              \
+  asm("mma.sync.aligned.m16n8k16.row.col.f32." dtype "." dtype ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "        \
+      "{%0,%1,%2,%3};"                                                                                               \
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                               \
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1))
+  if (PARTIAL_HALF)
+    MULTIPLY("f16");
+  else
+    MULTIPLY("bf16");
+#undef MULTIPLY
+}
+
+__device__ __forceinline__ u32 pack(float low, float high) {
+  u32 packed;
+  if (PARTIAL_HALF)
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  else
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+
+// Four bytes of the cache as float16, in their order.
+__device__ __forceinline__ void widen_four(u32 bytes, u32& low, u32& high) {
+#if STORAGE == SCALED
+  // 0x6400 is 1024, at which float16 counts in ones.
+  const u32 shifted = bytes ^ 0x80808080u;
+  low = __byte_perm(shifted, 0x64646464u, 0x4140);
+  high = __byte_perm(shifted, 0x64646464u, 0x4342);
+  asm("sub.f16x2 %0, %0, %1;" : "+r"(low) : "r"(0x64806480u));
+  asm("sub.f16x2 %0, %0, %1;" : "+r"(high) : "r"(0x64806480u));
+#else
+  asm("{\n"
+      ".reg .b16 first, second;\n"
+      "mov.b32 {first, second}, %2;\n"
+      "cvt.rn.f16x2.e4m3x2 %0, first;\n"
+      "cvt.rn.f16x2.e4m3x2 %1, second;\n"
+      "}"
+      : "=r"(low), "=r"(high)
+      : "r"(bytes));
+#endif
+}
+
+// Which feature of a head a lane's i-th number of a value is.
+__device__ __forceinline__ int feature_of(int g, int i) { return i / RUN * 8 * RUN + g * RUN + i % RUN; }
+
+struct Reader {
+  const char* keys;  // of the KV head, and of this lane's chunk
+  const char* values;
+  const float* key_scales;
+  const float* value_scales;
+  const int* blocks;  // of the row
+  int entry_stride;
+  int scale_stride;
+  int g, t, lane;
+
+  __device__ __forceinline__ void find(int* blocks_of, int start, int length) const {
+#pragma unroll
+    for (int s = 0; s < SUB; s++) blocks_of[s] = start + 16 * s < length ? blocks[(start + 16 * s) / BLOCK_SIZE] : 0;
+  }
+
+  __device__ __forceinline__ long long entry(const int* blocks_of, int s, int start) const {
+    return (long long)blocks_of[s] * BLOCK_SIZE + (start + 16 * s) % BLOCK_SIZE;
+  }
+
+  // Positions from `lowest`, below `end`; what lies elsewhere stays as it is.
+  __device__ __forceinline__ void load_keys(Tile& tile, const int* blocks_of, int start, int lowest, int end) const {
+#pragma unroll
+    for (int s = 0; s < SUB; s++) {
+      const char* source = keys + entry(blocks_of, s, start) * entry_stride;
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        const int position = start + 16 * s + 8 * h + g;
+        const bool there = position >= lowest && position < end;
+#pragma unroll
+        for (int i = 0; i < KEY_LOADS; i++)
+          load_words(tile.keys[s][h] + 4 * i, source + (8 * h + g) * entry_stride + 64 * i, there);
+      }
+    }
+    if (STORAGE == SCALED) load_scales(tile.key_scales, key_scales, blocks_of, start, lowest, end);
+  }
+
+  __device__ __forceinline__ void load_values(Tile& tile, const int* blocks_of, int start, int lowest, int end) const {
+#pragma unroll
+    for (int s = 0; s < SUB; s++) {
+      const char* source = values + entry(blocks_of, s, start) * entry_stride;
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        const int offset = j / 2 * 8 + 2 * t + j % 2, position = start + 16 * s + offset;
+        const bool there = position >= lowest && position < end;
+        if (VALUE_WORDS == 2)
+          load_two_words(tile.values[s][j], source + offset * entry_stride, there);
+        else
+#pragma unroll
+          for (int i = 0; i < VALUE_WORDS / 4; i++)
+            load_words(tile.values[s][j] + 4 * i, source + offset * entry_stride + 128 * i, there);
+      }
+    }
+    if (STORAGE == SCALED) load_scales(tile.value_scales, value_scales, blocks_of, start, lowest, end);
+  }
+
+  __device__ __forceinline__ void load_scales(
+      float* target, const float* scales, const int* blocks_of, int start, int lowest, int end) const {
+#pragma unroll
+    for (int n = 0; n < SCALES; n++) {
+      const int position = start + 32 * n + lane, half = min(2 * n + 1, SUB - 1);
+      const int block = lane < 16 ? blocks_of[2 * n] : blocks_of[half];
+      const long long entry = (long long)block * BLOCK_SIZE + position % BLOCK_SIZE;
+      load_scale(target[n], scales + entry * scale_stride, position >= lowest && position < min(end, start + TILE));
+    }
+  }
+
+  // What lies beyond is multiplied by weights of zero: it must be finite.
+  __device__ __forceinline__ void clear_values(Tile& tile) const {
+#pragma unroll
+    for (int s = 0; s < SUB; s++)
+#pragma unroll
+      for (int j = 0; j < 4; j++)
+#pragma unroll
+        for (int i = 0; i < VALUE_WORDS; i++) tile.values[s][j][i] = 0;
+  }
+};
+
+// Queries of head g as the first operand of the scores; gives what the scores are still to be multiplied by.
+__device__ __forceinline__ float load_queries(u32* queries, const u16* source, bool there, int t, float scale) {
+#pragma unroll
+  for (int i = 0; i < QUERY_WORDS; i++) queries[i] = 0;
+  // A chunk of 16 bytes of a key is 32 of a query where the cache is narrow.
+#pragma unroll
+  for (int i = 0; i < QUERY_WORDS / 4; i++) {
+    const int chunk = BYTES == 2 ? t + 4 * i : 2 * (t + i / 2 * 4) + i % 2;
+    load_words(queries + 4 * i, source + 8 * chunk, there);
+  }
+  if (HALF || STORAGE == SAME) return scale;
+  // float16 is exact for the stored entries, but its range may be too small for queries: bring them below one.
+  float peak = 0;
+#pragma unroll
+  for (int i = 0; i < QUERY_WORDS; i++)
+    peak = fmaxf(peak, fmaxf(fabsf(__uint_as_float(queries[i] << 16)), fabsf(__uint_as_float(queries[i] & 0xffff0000u))));
+  peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, 1));
+  peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, 2));
+  if (!(peak > 0)) peak = 1;
+  const float inverse = 1 / peak;
+#pragma unroll
+  for (int i = 0; i < QUERY_WORDS; i++)
+    queries[i] = pack(__uint_as_float(queries[i] << 16) * inverse, __uint_as_float(queries[i] & 0xffff0000u) * inverse);
+  return scale * peak;
+}
+
+// scores[s][h][e]: of head g with position 16 s + 8 h + 2 t + e, for e < 2.
+__device__ __forceinline__ void score(float (*scores)[2][4], const Tile& tile, const u32* queries) {
+#pragma unroll
+  for (int s = 0; s < SUB; s++)
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      float odd[4] = {};  // two shorter chains of dependent products
+#pragma unroll
+      for (int e = 0; e < 4; e++) scores[s][h][e] = 0;
+#pragma unroll
+      for (int i = 0; i < KEY_LOADS; i++) {
+        const u32* words = tile.keys[s][h] + 4 * i;
+        if (STORAGE == SAME) {
+          const u32* query = queries + 4 * i;
+          multiply(scores[s][h], query[0], 0, query[1], 0, words[0], words[1]);
+          multiply(odd, query[2], 0, query[3], 0, words[2], words[3]);
+        } else {
+#pragma unroll
+          for (int j = 0; j < 4; j++) {
+            const u32* query = queries + 8 * i + 2 * j;
+            u32 low, high;
+            widen_four(words[j], low, high);
+            multiply(j % 2 ? odd : scores[s][h], query[0], 0, query[1], 0, low, high);
+          }
+        }
+      }
+#pragma unroll
+      for (int e = 0; e < 4; e++) scores[s][h][e] += odd[e];
+    }
+}
+
+// sums[m]: of features 2 m and 2 m + 1 of those that lane g loads (rows g and g + 8), for heads 2 t and 2 t + 1.
+__device__ __forceinline__ void add_values(float (*sums)[4], const Tile& tile, const float (*weights)[2][4]) {
+#pragma unroll
+  for (int s = 0; s < SUB; s++) {
+    const u32 first = pack(weights[s][0][0], weights[s][0][1]), second = pack(weights[s][1][0], weights[s][1][1]);
+    const u32(*v)[VALUE_WORDS] = tile.values[s];
+#pragma unroll
+    for (int i = 0; i < VALUE_WORDS; i++) {
+      if (STORAGE == SAME) {
+        multiply(sums[i], __byte_perm(v[0][i], v[1][i], 0x5410), __byte_perm(v[0][i], v[1][i], 0x7632),
+                 __byte_perm(v[2][i], v[3][i], 0x5410), __byte_perm(v[2][i], v[3][i], 0x7632), first, second);
+      } else {
+        u32 a[4], b[4];
+        widen_four(__byte_perm(v[0][i], v[1][i], 0x5140), a[0], a[1]);
+        widen_four(__byte_perm(v[2][i], v[3][i], 0x5140), a[2], a[3]);
+        widen_four(__byte_perm(v[0][i], v[1][i], 0x7362), b[0], b[1]);
+        widen_four(__byte_perm(v[2][i], v[3][i], 0x7362), b[2], b[3]);
+        multiply(sums[2 * i], a[0], a[1], a[2], a[3], first, second);
+        multiply(sums[2 * i + 1], b[0], b[1], b[2], b[3], first, second);
+      }
+    }
+  }
+}
+
+// Weights of the scores, in their place; best and mass (of this lane's positions) go on.
+__device__ __forceinline__ float weigh(
+    float (*scores)[2][4], const float* key_scales, const float* value_scales, const Row& row, int start, int t,
+    float scale, float& best, float& mass) {
+  float peak = best;
+  float inverse[SUB][2][2];
+#pragma unroll
+  for (int s = 0; s < SUB; s++)
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+#pragma unroll
+      for (int e = 0; e < 2; e++) {
+        const int offset = 16 * s + 8 * h + 2 * t + e, position = start + offset;
+        float x = scores[s][h][e] * scale;
+        if (STORAGE == SCALED) {
+          // A value's scale is in its weight: best is of the two together, so that float16 can hold the weights.
+          float faint = __shfl_sync(~0u, value_scales[offset / 32], offset % 32);
+          faint = faint < FAINTEST ? FAINTEST : faint;
+          x = x * __shfl_sync(~0u, key_scales[offset / 32], offset % 32) + __log2f(faint);
+          inverse[s][h][e] = __fdividef(1, faint);
+        }
+        x = position >= row.lowest && position < row.length ? x : __int_as_float(0xff800000);
+        scores[s][h][e] = x;
+        peak = fmaxf(peak, x);
+      }
+  peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, 1));
+  peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, 2));
+  const float fade = power_of_two(best - peak);
+  mass *= fade;
+#pragma unroll
+  for (int s = 0; s < SUB; s++)
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+#pragma unroll
+      for (int e = 0; e < 2; e++) {
+        const float weight = power_of_two(scores[s][h][e] - peak);
+        scores[s][h][e] = weight;
+        if (STORAGE != SCALED)
+          mass += weight;
+        else if (weight != 0)  // unseen positions have any scale; NaN is not zero
+          mass += weight * inverse[s][h][e];
+      }
+  best = peak;
+  return fade;
+}
+
+__device__ __forceinline__ void store_four(u16* target, float4 v) {
+  const u32 low = (u32)narrow(v.x) | (u32)narrow(v.y) << 16, high = (u32)narrow(v.z) | (u32)narrow(v.w) << 16;
+  *(uint2*)target = make_uint2(low, high);
+}
+
+__device__ __forceinline__ float4 scaled(float4 v, float f) { return make_float4(v.x * f, v.y * f, v.z * f, v.w * f); }
+
+__device__ __forceinline__ float4 added(float4 sum, float4 v, float f) {
+  return make_float4(fmaf(v.x, f, sum.x), fmaf(v.y, f, sum.y), fmaf(v.z, f, sum.z), fmaf(v.w, f, sum.w));
+}
+
+__device__ __forceinline__ u32 address_in(int rank, const void* place) {
+  u32 address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(place)), "r"(rank));
+  return address;
+}
+
+__device__ __forceinline__ void meet_cluster() {
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+}
+
+struct Shared {
+  float parts[WARPS][NUMBERS];
+  Mark marks[WARPS][GROUP];
+  float slots[2][NUMBERS];
+  Mark slot_marks[2][GROUP];
+};
+
+extern "C" __global__ void __maxnreg__(REGISTERS) decode_attention(const __grid_constant__ Decodes a) {
+  extern __shared__ __align__(16) char memory[];
+  Shared& shared = *(Shared*)memory;
+  let_next_kernel_start();
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int rank = blockIdx.x % CLUSTER, kv_head = blockIdx.x / CLUSTER % a.num_kv_heads;
+  const int shift = blockIdx.x / CLUSTER / a.num_kv_heads;
+  // Lane i knows the cluster's row i.
+  const int own = shift + lane * a.num_shifts;
+  const int own_length = own < a.num_rows ? a.kv_length[own] : 0;
+  const int own_skipped = WINDOWED ? max(own_length - a.window, 0) / TILE : 0;
+  // An empty sequence has a tile as well, in which nothing is seen: its row becomes zeros.
+  const int own_tiles = own < a.num_rows ? max((own_length + TILE - 1) / TILE - own_skipped, 1) : 0;
+  int own_end = own_tiles;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const int before = __shfl_up_sync(~0u, own_end, step);
+    if (lane >= step) own_end += before;
+  }
+  const int num_tiles = __shfl_sync(~0u, own_end, 31), num_own = __popc(__ballot_sync(~0u, own_tiles > 0));
+  const int share = max((num_tiles + CLUSTER - 1) / CLUSTER, LEAST);
+  const int last = min((rank + 1) * share, num_tiles);
+  const int own_first = (own_end - own_tiles) / share, own_last = (own_end - 1) / share;
+  const bool cut = __any_sync(~0u, own_tiles > 0 && own_first != own_last);
+
+  Reader reader;
+  reader.keys = a.keys + (long long)kv_head * ENTRY + t * 16;
+  reader.values = a.values + (long long)kv_head * ENTRY + g * RUN * BYTES;
+  reader.key_scales = a.key_scales + kv_head;
+  reader.value_scales = a.value_scales + kv_head;
+  reader.entry_stride = a.entry_stride;
+  reader.scale_stride = a.num_kv_heads;
+  reader.g = g, reader.t = t, reader.lane = lane;
+
+  int tile_index = min(rank * share, num_tiles);
+  bool early = true;
+  if (tile_index == last) wait_for_previous_kernel();
+  while (tile_index < last) {
+    const int owner = __ffs(__ballot_sync(~0u, own_end > tile_index)) - 1;
+    Row row;
+    row.row = shift + owner * a.num_shifts;
+    row.length = __shfl_sync(~0u, own_length, owner);
+    row.skipped = __shfl_sync(~0u, own_skipped, owner);
+    row.end = __shfl_sync(~0u, own_end, owner);
+    row.start = row.end - __shfl_sync(~0u, own_tiles, owner);
+    row.lowest = WINDOWED ? max(row.length - a.window, 0) : 0;
+    const int stop = min(last, row.end);
+    const int first_start = (row.skipped + tile_index - row.start) * TILE, step = WARPS * TILE;
+    const int stop_start = (row.skipped + stop - row.start) * TILE;
+    reader.blocks = a.block_table + row.row * a.table_stride;
+
+    int start = first_start + warp * TILE;
+    const bool busy = start < stop_start;
+    Tile tile;
+    int blocks[SUB], next_blocks[SUB];
+    if (busy) {
+      const int known = early ? row.length - 1 : row.length;
+      reader.find(blocks, start, row.length);
+      reader.clear_values(tile);
+      reader.load_keys(tile, blocks, start, row.lowest, known);
+      reader.load_values(tile, blocks, start, row.lowest, known);
+      reader.find(next_blocks, start + step, row.length);
+    }
+    if (early) wait_for_previous_kernel();
+    if (busy) {
+      u32 queries[QUERY_WORDS];
+      const u16* source = a.q + row.row * a.q_row_stride + (kv_head * GROUP + g) * a.q_head_stride;
+      const float scale = load_queries(queries, source, g < GROUP, t, a.scale_log2);
+      if (early && row.length - 1 >= start && row.length - 1 < start + TILE) {
+        reader.load_keys(tile, blocks, start, row.length - 1, row.length);
+        reader.load_values(tile, blocks, start, row.length - 1, row.length);
+      }
+      float best = LOWEST, mass = 0;
+      float sums[PARTS][4] = {};
+      while (true) {
+        const int next = start + step;
+        const bool more = next < stop_start;
+        float scores[SUB][2][4];
+        score(scores, tile, queries);
+        float key_scales[SCALES];
+#pragma unroll
+        for (int n = 0; n < SCALES; n++) key_scales[n] = tile.key_scales[n];
+        if (more) reader.load_keys(tile, next_blocks, next, row.lowest, row.length);
+        const float fade = weigh(scores, key_scales, tile.value_scales, row, start, t, scale, best, mass);
+        if (__any_sync(~0u, fade != 1)) {
+          const float even = __shfl_sync(~0u, fade, 8 * t), odd = __shfl_sync(~0u, fade, 8 * t + 4);
+#pragma unroll
+          for (int m = 0; m < PARTS; m++) sums[m][0] *= even, sums[m][1] *= odd, sums[m][2] *= even, sums[m][3] *= odd;
+        }
+        add_values(sums, tile, scores);
+        if (!more) break;
+        if (next + TILE > row.length) reader.clear_values(tile);
+        reader.load_values(tile, next_blocks, next, row.lowest, row.length);
+        start = next;
+        reader.find(next_blocks, start + step, row.length);
+      }
+      mass += __shfl_xor_sync(~0u, mass, 1);
+      mass += __shfl_xor_sync(~0u, mass, 2);
+      if (t == 0 && g < GROUP) shared.marks[warp][g] = {best, mass};
+#pragma unroll
+      for (int e = 0; e < 2; e++) {
+        if (2 * t + e >= GROUP) continue;
+        float* target = shared.parts[warp] + (2 * t + e) * HEAD_SIZE;
+#pragma unroll
+        for (int m = 0; m < PARTS; m += 2)
+          *(float4*)(target + feature_of(g, 2 * m)) =
+              make_float4(sums[m][e], sums[m][2 + e], sums[m + 1][e], sums[m + 1][2 + e]);
+      }
+    }
+    early = false;
+    __syncthreads();
+    const bool whole = tile_index == row.start && stop == row.end;
+    const int num_busy = min(WARPS, stop - tile_index), slot = tile_index == row.start;
+    for (int number = 4 * threadIdx.x; number < NUMBERS; number += 4 * THREADS) {
+      const int head = number / HEAD_SIZE;
+      float best = LOWEST, mass = 0;
+      float4 sum = {};
+#pragma unroll
+      for (int w = 0; w < WARPS; w++)
+        if (w < num_busy) best = fmaxf(best, shared.marks[w][head].best);
+#pragma unroll
+      for (int w = 0; w < WARPS; w++) {
+        if (w >= num_busy) continue;
+        const float weight = power_of_two(shared.marks[w][head].best - best);
+        mass = fmaf(shared.marks[w][head].mass, weight, mass);
+        sum = added(sum, *(const float4*)(shared.parts[w] + number), weight);
+      }
+      if (whole) {
+        u16* target = a.out + row.row * a.out_row_stride + kv_head * NUMBERS + number;
+        store_four(target, scaled(sum, mass == 0 ? 0.0f : 1 / mass));
+      } else {
+        *(float4*)(shared.slots[slot] + number) = sum;
+        if (number % HEAD_SIZE == 0) shared.slot_marks[slot][head] = {best, mass};
+      }
+    }
+    tile_index = stop;
+    if (tile_index < last) __syncthreads();
+  }
+  if (CLUSTER == 1 || !cut) return;
+  meet_cluster();
+  constexpr int UNITS = NUMBERS / 4 / CLUSTER;  // of four numbers of a row, for each block
+  for (int base = 0; base < num_own * UNITS; base += THREADS) {
+    const int unit = base + threadIdx.x, owner = min(unit / UNITS, 31);
+    const int number = 4 * (rank * UNITS + unit % UNITS), head = number / HEAD_SIZE;
+    const int first = __shfl_sync(~0u, own_first, owner), final = __shfl_sync(~0u, own_last, owner);
+    if (owner >= num_own || first == final) continue;
+    Mark marks[CLUSTER];
+    float4 parts[CLUSTER];
+    float best = LOWEST, mass = 0;
+#pragma unroll
+    for (int b = 0; b < CLUSTER; b++) {
+      marks[b] = {LOWEST, 0};
+      parts[b] = {};
+      if (b < first || b > final) continue;
+      const u32 mark = address_in(b, &shared.slot_marks[b == first][head]);
+      const u32 part = address_in(b, shared.slots[b == first] + number);
+      asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];" : "=f"(marks[b].best), "=f"(marks[b].mass) : "r"(mark));
+      asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                   : "=f"(parts[b].x), "=f"(parts[b].y), "=f"(parts[b].z), "=f"(parts[b].w)
+                   : "r"(part));
+    }
+#pragma unroll
+    for (int b = 0; b < CLUSTER; b++) best = fmaxf(best, marks[b].best);
+    float4 sum = {};
+#pragma unroll
+    for (int b = 0; b < CLUSTER; b++) {
+      const float weight = power_of_two(marks[b].best - best);
+      mass = fmaf(marks[b].mass, weight, mass);
+      sum = added(sum, parts[b], weight);
+    }
+    const int target_row = shift + owner * a.num_shifts;
+    u16* target = a.out + target_row * a.out_row_stride + kv_head * NUMBERS + number;
+    store_four(target, scaled(sum, mass == 0 ? 0.0f : 1 / mass));
+  }
+  meet_cluster();  // no block's memory goes before the others have read it
+}
