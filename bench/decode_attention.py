@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import product as every
 from typing import Any
@@ -18,7 +19,8 @@ import torch
 from torch import Tensor
 
 from plexor.batch import LayerCache, Pages
-from plexor.kernels.cuda.decode_attention import Cut, cut_for
+from plexor.kernels.cuda.decode_attention import STORAGES as NUMBERED
+from plexor.kernels.cuda.decode_attention import Cut, compiled, cut_for
 from plexor.kernels.cuda.decode_attention import DecodeAttention as ClusterAttention
 from plexor.kernels.cuda.linear_add import LinearAdd
 from plexor.kernels.cuda.norm_rotary_linear import NormRotaryLinear
@@ -82,21 +84,42 @@ def main() -> None:
         check_all()
     for part, shapes in (("few", FEW), ("many", MANY), ("long", LONG)):
         if part in parts:
+            heads = (NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE)
+            rows = {num_rows for num_rows, _ in shapes}
+            cuts = [(cut, of) for n, of in every(rows, STORAGES.values()) for cut in all_cuts(n, of).values()]
+            compile_all((replace(cut, shifts=1), storage, heads, None) for cut, storage in cuts)
             for shape in shapes:
                 time_step(*shape)
 
 
 def variants(num_rows: int, storage: torch.dtype) -> dict[str, Attend]:
     """What is timed for so many rows."""
-    processors = torch.cuda.get_device_properties(CUDA).multi_processor_count
-    chosen = cut_for(num_rows, NUM_KV_HEADS, HEAD_SIZE * storage.itemsize, processors)
-    cuts = {"chosen": chosen, **cluster_variants(chosen, num_rows)}
+    cuts = all_cuts(num_rows, storage)
     attends: dict[str, Attend] = {f"cuda {name}": ClusterAttention(_always(cut)) for name, cut in cuts.items()}
     if storage != torch.int8:
         attends["triton"] = SharedAttention()
         for name, tuning in triton_variants(num_rows, storage).items():
             attends[f"triton {name}"] = SharedAttention(_always(tuning))
     return attends
+
+
+def all_cuts(num_rows: int, storage: torch.dtype) -> dict[str, Cut]:
+    processors = torch.cuda.get_device_properties(CUDA).multi_processor_count
+    chosen = cut_for(num_rows, NUM_KV_HEADS, HEAD_SIZE * storage.itemsize, processors)
+    return {"chosen": chosen, **cluster_variants(chosen, num_rows)}
+
+
+def compile_all(kernels: Iterable[tuple[Cut, torch.dtype, tuple[int, int, int], int | None]]) -> None:
+    """With all cores at once."""
+
+    def compile_one(kernel: tuple[Cut, torch.dtype, tuple[int, int, int], int | None]) -> None:
+        cut, storage, (num_heads, num_kv_heads, size), window = kernel
+        torch.cuda.set_device(0)
+        sizes = (size, num_heads // num_kv_heads, BLOCK_SIZE)
+        compiled(0, replace(cut, shifts=1), sizes, NUMBERED.get(storage, 0), False, window is not None)
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(compile_one, dict.fromkeys(kernels)))
 
 
 def cluster_variants(chosen: Cut, num_rows: int) -> dict[str, Cut]:
@@ -253,16 +276,19 @@ def check_all() -> None:
         Cut(8, 1, 2, 2, 8, 255),
     )
     heads = ((32, 8, 128), (7, 1, 128), (6, 6, 64), (16, 2, 64))
-    cases = list(every(STORAGES.items(), heads, (None, 100)))
-    for index, ((name, storage), sizes, window) in enumerate(cases):
+    kinds = tuple(every(STORAGES.items(), heads, (None, 100)))
+    cases = []
+    for index, (kind, sizes, window) in enumerate(kinds):
         for cut in cuts if index < 3 else cuts[index % 4 : index % 4 + 1]:
-            spread = max(1, 256 // (sizes[2] * storage.itemsize)) if index % 2 else cut.spread
-            chosen = replace(cut, spread=spread)
-            for rows in (lengths, (257,), (300,) * 20):
-                error = worst(chosen, storage, sizes, window, rows)
-                if error > 1:
-                    sys.exit(f"WRONG {name} {sizes} window {window} {rows} {chosen}: {error:.3g} of what is allowed")
-    print(f"check: {len(cases)} kinds of cache and heads agree with the reference", flush=True)
+            spread = max(1, 256 // (sizes[2] * kind[1].itemsize)) if index % 2 else cut.spread
+            cases.append((replace(cut, spread=spread), *kind, sizes, window))
+    compile_all((cut, storage, sizes, window) for cut, _, storage, sizes, window in cases)
+    for cut, name, storage, sizes, window in cases:
+        for rows in (lengths, (257,), (300,) * 20):
+            error = worst(cut, storage, sizes, window, rows)
+            if error > 1:
+                sys.exit(f"WRONG {name} {sizes} window {window} {rows} {cut}: {error:.3g} of what is allowed")
+    print(f"check: {len(cases)} kinds of cache, heads and cuts agree with the reference", flush=True)
 
 
 def worst(

@@ -26,7 +26,8 @@ MOST_GROUP = 8
 MOST_ROWS = 32
 """Of a cluster: each lane of a warp knows one."""
 
-_STORAGES = {torch.float8_e4m3fn: 1, torch.int8: 2}
+STORAGES = {torch.float8_e4m3fn: 1, torch.int8: 2}
+"""Numbers of the storages in the kernel; any other is that of the queries, 0."""
 
 
 class Decodes(ctypes.Structure):
@@ -126,7 +127,7 @@ class DecodeAttention:
             torch.cuda.current_device(),
             cut,
             (head_size, num_heads // num_kv_heads, block_size),
-            _STORAGES.get(keys.dtype, 0),
+            STORAGES.get(keys.dtype, 0),
             q.dtype == torch.float16,
             window is not None,
         )
