@@ -195,6 +195,19 @@ def _sparse24_kernels() -> tuple[Kernel, ...]:
         _kernel("sparse24_fp8_grouped_linear", _CUDA, _BFLOAT16, capability=(8, 0), multiple=8),
         _on_cpu("sparse24_linear"),
         _on_cpu("sparse24_grouped_linear"),
+        *(
+            Kernel(
+                op=f"{weights}_linear",
+                provider="cuda",
+                load=f"plexor_quant.kernels.cuda.{weights}_linear:{weights}_linear",
+                devices=_CUDA,
+                dtypes=frozenset({"bfloat16", "float16"}),
+                capability=(9, 0),
+                priority=20,
+                refuses="plexor_quant.kernels.cuda.sparse24_refusal:refuses",
+            )
+            for weights in _SPARSE24
+        ),
     )
 
 

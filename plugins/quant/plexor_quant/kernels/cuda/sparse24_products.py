@@ -1,0 +1,138 @@
+"""Products with 2:4 weights in CUDA C++: streamed for few rows, widened for the library's product for more."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from plexor.api import LINEAR_HEADER, Program, load_program, num_multiprocessors
+
+MAX_ROWS = 32
+"""Rows of x that are streamed to: with more, x takes more of the L2's bandwidth than the weight."""
+
+CHUNK = 64
+ALIGNMENT = 16
+_STREAM = Path(__file__).with_name("sparse24_linear.cu")
+_WIDEN = Path(__file__).with_name("sparse24_widen.cu")
+_WIDEN_THREADS = 256
+_WIDEN_BLOCKS = 8
+"""On a multiprocessor."""
+
+
+class StreamArguments(ctypes.Structure):
+    """SparseArguments of sparse24_linear.cu."""
+
+    _fields_ = (
+        ("x", ctypes.c_void_p),
+        ("weight", ctypes.c_void_p),
+        ("index", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+        ("x_stride", ctypes.c_longlong),
+        ("num_rows", ctypes.c_int),
+        ("num_outputs", ctypes.c_int),
+        ("num_inputs", ctypes.c_int),
+    )
+
+
+class WidenArguments(ctypes.Structure):
+    """WidenArguments of sparse24_widen.cu."""
+
+    _fields_ = (
+        ("kept", ctypes.c_void_p),
+        ("index", ctypes.c_void_p),
+        ("dense", ctypes.c_void_p),
+        ("num_pieces", ctypes.c_longlong),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """tiles: of 16 weight rows that a block of threads owns. warps: of a block. chunks: of 64 features that a warp
+    takes at once.
+    """
+
+    tiles: int
+    warps: int
+    chunks: int
+
+
+def cut_for(num_rows: int, itemsize: int) -> Cut:
+    """Rows of x are shared by the weight rows of a block: more of these where there are many of those."""
+    if num_rows <= 2:
+        return Cut(1, 8, 2 if itemsize == 2 else 4)
+    return Cut(2, 8, 1 if itemsize == 2 else 2)
+
+
+def streams(x: Tensor, kept: Tensor, index: Tensor) -> bool:
+    """Whether there are rows, few enough, and everything can be loaded in whole chunks."""
+    return (
+        0 < x.shape[0] <= MAX_ROWS
+        and x.dtype in (torch.bfloat16, torch.float16)
+        and x.shape[1] % CHUNK == 0
+        and x.stride(1) == 1
+        and x.stride(0) * x.element_size() % ALIGNMENT == x.data_ptr() % ALIGNMENT == 0
+        and _lies_well(kept)
+        and _lies_well(index)
+    )
+
+
+def stream(x: Tensor, kept: Tensor, index: Tensor, scale: Tensor | None, cut: Cut | None = None) -> Tensor:
+    """x [T, K] times what kept [N, K / 2] and index [N, K / 8] mean, and for e4m3 scale float32 [N] -> [T, N]."""
+    num_rows, num_inputs = x.shape
+    num_outputs = kept.shape[0]
+    cut = cut or cut_for(num_rows, kept.element_size())
+    y = x.new_empty(num_rows, num_outputs)
+    arguments = StreamArguments(
+        x.data_ptr(),
+        kept.data_ptr(),
+        index.data_ptr(),
+        None if scale is None else scale.data_ptr(),
+        y.data_ptr(),
+        x.stride(0),
+        num_rows,
+        num_outputs,
+        num_inputs,
+    )
+    program = stream_program(cut, num_rows, x.dtype, kept.dtype)
+    program.launch(-(-num_outputs // (16 * cut.tiles)), (arguments,))
+    return y
+
+
+def stream_program(cut: Cut, num_rows: int, dtype: torch.dtype, weight_dtype: torch.dtype) -> Program:
+    defines = {
+        "TILES_M": cut.tiles,
+        "TILES_N": 1 if num_rows <= 8 else 2 if num_rows <= 16 else 4,
+        "WARPS": cut.warps,
+        "CHUNKS": cut.chunks,
+        "HALF": dtype == torch.float16,
+        "NARROW_WEIGHT": weight_dtype == torch.float8_e4m3fn,
+        "EPILOGUE": 0,
+        "NARROW": 0,
+    }
+    return load_program((LINEAR_HEADER, _STREAM), defines, cut.warps * 32, 0)
+
+
+def widens(x: Tensor, kept: Tensor, index: Tensor) -> bool:
+    return x.shape[1] % CHUNK == 0 and _lies_well(kept) and _lies_well(index)
+
+
+def widened(kept: Tensor, index: Tensor) -> Tensor:
+    """As plexor_quant.sparse24_layout.widen, for kept [N, K / 2] of one or two bytes each and K in multiples of 64."""
+    num_outputs, num_kept = kept.shape
+    dense = kept.new_empty(num_outputs, 2 * num_kept)
+    num_pieces = dense.numel() // 16
+    arguments = WidenArguments(kept.data_ptr(), index.data_ptr(), dense.data_ptr(), num_pieces)
+    defines = {"SIZE": kept.element_size(), "HALF": 0, "EPILOGUE": 0, "NARROW": 0}
+    program = load_program((LINEAR_HEADER, _WIDEN), defines, _WIDEN_THREADS, 0)
+    num_blocks = min(-(-num_pieces // _WIDEN_THREADS), _WIDEN_BLOCKS * num_multiprocessors(kept))
+    program.launch(num_blocks, (arguments,))
+    return dense
+
+
+def _lies_well(rows: Tensor) -> bool:
+    return rows.is_contiguous() and rows.data_ptr() % ALIGNMENT == 0
