@@ -41,23 +41,47 @@ def rotate(model: nn.Module, build: Build, seed: int = 0) -> None:
     The model is dense and of one rank. Gains of the norms of its layers and before its head become one; a head that was
     the embedding itself becomes a table of its own. ConfigError for an architecture that a rotation would change.
     """
-    decoder = _decoder(model, build)
-    generator = torch.Generator().manual_seed(seed)
-    hidden = decoder.embedding.weight.shape[1]
-    turn = orthogonal(hidden, generator).to(build.device)
-    layers = [layer for layer in decoder.layers if isinstance(layer, DecoderLayer)]
-    split = [_feed_forward_products(layer, hidden) for layer in layers]  # refuses before anything is changed
-    _rotate_tables(decoder, build, turn)
-    for layer, (readers, writers) in zip(layers, split, strict=True):
-        _turn_inputs(layer.attention.qkv, _gain(layer.attention_norm), turn)
-        _turn_outputs(layer.attention.out, turn)
+    rotation = Rotation(model, build, seed)
+    for index in range(rotation.num_layers):
+        rotation.turn_layer(index)
+    rotation.turn_tables()
+
+
+class Rotation:
+    """A decoder's rotation in parts, for those who hold one layer at a time: each is turned once, in any order.
+
+    A model that is refused is refused here, before anything is changed.
+    """
+
+    def __init__(self, model: nn.Module, build: Build, seed: int = 0) -> None:
+        self._decoder = _decoder(model, build)
+        self._build = build
+        self._seed = seed
+        hidden = self._decoder.embedding.weight.shape[1]
+        self._turn = orthogonal(hidden, torch.Generator().manual_seed(seed)).to(build.device)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self._decoder.layers)
+
+    def turn_tables(self) -> None:
+        """Embedding, learned positions, head, and the norm before it."""
+        _turn_tables(self._decoder, self._build, self._turn)
+
+    def turn_layer(self, index: int) -> None:
+        """A layer whose weights are there."""
+        layer = self._decoder.layers[index]
+        assert isinstance(layer, DecoderLayer)
+        readers, writers = _feed_forward_products(layer, len(self._turn))
+        _turn_inputs(layer.attention.qkv, _gain(layer.attention_norm), self._turn)
+        _turn_outputs(layer.attention.out, self._turn)
         for reader in readers:
-            _turn_inputs(reader, _gain(layer.feed_forward_norm), turn)
+            _turn_inputs(reader, _gain(layer.feed_forward_norm), self._turn)
         for writer in writers:
-            _turn_outputs(writer, turn)
-        _turn_values(layer.attention, generator)
-    for norm in _norms(decoder):
-        norm.weight.fill_(1)
+            _turn_outputs(writer, self._turn)
+        _turn_values(layer.attention, torch.Generator().manual_seed(self._seed + 1 + index))
+        for norm in (layer.attention_norm, layer.feed_forward_norm):
+            _gain(norm).fill_(1)
 
 
 def orthogonal(size: int, generator: torch.Generator) -> Tensor:
@@ -161,10 +185,6 @@ def _all_norms(decoder: Decoder) -> list[nn.Module]:
     return [*of_layers, decoder.norm]
 
 
-def _norms(decoder: Decoder) -> list[RMSNorm]:
-    return [norm for norm in _all_norms(decoder) if isinstance(norm, RMSNorm)]
-
-
 def _gain(norm: nn.Module) -> Tensor:
     assert isinstance(norm, RMSNorm)
     return norm.weight
@@ -173,7 +193,7 @@ def _gain(norm: nn.Module) -> Tensor:
 def _feed_forward_products(
     layer: DecoderLayer, hidden: int
 ) -> tuple[list[Linear | GroupedLinear], list[Linear | GroupedLinear]]:
-    """The products of a feed-forward layer that read its input, and those that add to its output; ConfigError for others.
+    """The products of a feed-forward layer that read its input and those that add to its output; no others may be.
 
     Told by sending rows through it: a product reads the input if all of its rows are rows of it.
     """
@@ -208,14 +228,14 @@ def _feed_forward_products(
     return readers, writers
 
 
-def _rotate_tables(decoder: Decoder, build: Build, turn: Tensor) -> None:
-    """Embedding, learned positions and head."""
+def _turn_tables(decoder: Decoder, build: Build, turn: Tensor) -> None:
     embedding = decoder.embedding
     if decoder.head is None:
         decoder.head = VocabEmbedding(build, embedding.vocab_size, embedding.weight.shape[1])
         decoder.head.weight.copy_(embedding.weight)
-    gain = decoder.norm.weight if isinstance(decoder.norm, RMSNorm) else torch.ones(len(turn), device=turn.device)
+    gain = _gain(decoder.norm)
     decoder.head.weight.copy_(decoder.head.weight.double() * gain.double() @ turn)
+    gain.fill_(1)
     embedding.weight.copy_(embedding.weight.double() @ turn)
     if decoder.positions is not None:
         decoder.positions.weight.copy_(decoder.positions.weight.double() @ turn)
