@@ -27,6 +27,7 @@ _STAGE_INPUTS = 256
 _MOST_STAGES = 16
 # Of the 227 KB that a block may have, its barriers take a part.
 _SHARED_BYTES = 226 * 1024
+_STAGED_BYTES = 16 * 1024
 _ONE_GROUP = 1 << 20
 _PREPARE_THREADS = 512
 _LINEAR = (LINEAR_HEADER, Path(__file__).with_name("w4_linear.cu"))
@@ -91,7 +92,15 @@ class W4Call:
             and weight.is_contiguous()
             and scale.is_contiguous()
             and (self.zero is None or self.zero.is_contiguous())
+            and self._epilogue_lies_well()
         )
+
+    def _epilogue_lies_well(self) -> bool:
+        """Whether eight numbers at once can be read and stored; tables and slots are torch's own and always lie so."""
+        arguments = self.call.arguments
+        addresses = (arguments.residual or 0, arguments.keys or 0, arguments.values or 0, self.call.y.data_ptr())
+        strides = (arguments.residual_stride, arguments.entry_stride, arguments.y_stride)
+        return all(address % 16 == 0 for address in addresses) and all(stride % 8 == 0 for stride in strides)
 
 
 def takes(num_outputs: int, num_inputs: int, group_size: int) -> bool:
@@ -265,5 +274,6 @@ def _layout(call: W4Call, cut: W4Cut) -> tuple[int, int]:
     stage = ROWS * _STAGE_INPUTS + cut.columns * _STAGE_INPUTS * (1 if call.rounds else 2)
     if call.zero is not None:
         stage += -(-_STAGE_INPUTS // call.unit * cut.columns * 4 // 1024) * 1024
-    stages = min(_SHARED_BYTES // stage, _MOST_STAGES)
-    return stages, stages * stage
+    rest = _STAGED_BYTES if cut.split == 1 and cut.columns >= 64 else 0
+    stages = min((_SHARED_BYTES - rest) // stage, _MOST_STAGES)
+    return stages, stages * stage + rest

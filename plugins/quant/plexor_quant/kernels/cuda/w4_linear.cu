@@ -49,6 +49,10 @@ constexpr int STAGE_BYTES = WEIGHT_BYTES + X_BYTES + (SUM_BYTES + 1023) / 1024 *
 constexpr int MOST_STAGES = 16;
 constexpr int BAND = 8;  // column tiles that are multiplied by all weights before the next: they stay in the L2
 
+#define STAGED (SPLIT == 1 && COLUMNS >= 64)  // whether the epilogue goes through shared memory
+constexpr int STAGED_COLUMNS = 64;            // at once
+constexpr int STAGED_BYTES = STAGED_COLUMNS * 128;  // of a warpgroup
+
 #define PART (COLUMNS / PARTS)  // columns of one wgmma
 constexpr int PART_SUMS = PART / 2;
 
@@ -328,6 +332,195 @@ __device__ __forceinline__ void fold(float* totals, float* sums, float first, fl
   }
 }
 
+#if STAGED
+// Eight rows of a token, in x's type.
+__device__ __forceinline__ void widen_eight(float* values, uint4 raw) {
+  const u32 words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    values[2 * i] = widen((u16)words[i]);
+    values[2 * i + 1] = widen((u16)(words[i] >> 16));
+  }
+}
+
+__device__ __forceinline__ u32 narrow_two(float low, float high) {
+  u32 pair;
+#if HALF
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+#else
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+#endif
+  return pair;
+}
+
+__device__ __forceinline__ uint4 narrow_eight(const float* v) {
+  return {narrow_two(v[0], v[1]), narrow_two(v[2], v[3]), narrow_two(v[4], v[5]), narrow_two(v[6], v[7])};
+}
+
+// What the epilogue of eight pairs of rows of a token needs: ADD: residuals; ROTARY: cosines and sines.
+struct EightOperands {
+  uint4 words[4];
+  long long slot;
+};
+
+__device__ __forceinline__ EightOperands load_eight(const Arguments& a, int m, int row) {
+  EightOperands operands = {};
+#if EPILOGUE == ADD
+  const u16* residual = (const u16*)a.residual + m * a.residual_stride + row;
+  operands.words[0] = *(const uint4*)residual;
+  operands.words[1] = *(const uint4*)(residual + a.pair);
+#elif EPILOGUE == ROTARY
+  const long long angle = a.positions[m] * a.pair + row % a.pair;
+  operands.words[0] = ((const uint4*)(a.cos + angle))[0];
+  operands.words[1] = ((const uint4*)(a.cos + angle))[1];
+  operands.words[2] = ((const uint4*)(a.sin + angle))[0];
+  operands.words[3] = ((const uint4*)(a.sin + angle))[1];
+  operands.slot = a.slots[m];
+#endif
+  return operands;
+}
+
+#if EPILOGUE == ROTARY
+__device__ __forceinline__ void store_eight_entries(void* cache, long long index, const float* v) {
+#if NARROW
+  u16 codes[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++)
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(codes[i]) : "f"(v[2 * i + 1]), "f"(v[2 * i]));
+  *(uint2*)((unsigned char*)cache + index) = {codes[0] | (u32)codes[1] << 16, codes[2] | (u32)codes[3] << 16};
+#else
+  *(uint4*)((u16*)cache + index) = narrow_eight(v);
+#endif
+}
+
+// As store_head_pair of linear.cuh, for eight features.
+__device__ __forceinline__ void store_head_eight(
+    const Arguments& a, int m, int row, float* low, float* high, const EightOperands& operands) {
+  const int half = a.pair, size = 2 * half, head = row / size, feature = row % size;
+  if (head < a.num_heads + a.num_kv_heads) {
+    const float* cosine = (const float*)operands.words;
+    const float* sine = cosine + 8;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      const float turned = low[i] * cosine[i] - high[i] * sine[i];
+      high[i] = widen(narrow(high[i] * cosine[i] + low[i] * sine[i]));
+      low[i] = widen(narrow(turned));
+    }
+  }
+  if (head < a.num_heads) {
+    u16* target = (u16*)a.y + m * a.y_stride + row;
+    *(uint4*)target = narrow_eight(low);
+    *(uint4*)(target + half) = narrow_eight(high);
+    return;
+  }
+  if (operands.slot < 0) return;
+  const int kv_head = head - a.num_heads;
+  const bool is_key = kv_head < a.num_kv_heads;
+  void* cache = is_key ? a.keys : a.values;
+  const long long entry = operands.slot * a.entry_stride + (is_key ? kv_head : kv_head - a.num_kv_heads) * size + feature;
+  store_eight_entries(cache, entry, low);
+  store_eight_entries(cache, entry + half, high);
+}
+#endif
+
+// As store_pair of linear.cuh, for eight adjacent rows of each group, whose products are rounded and have their bias.
+__device__ __forceinline__ void store_eight(
+    const Arguments& a, int m, int row, uint4 first_raw, uint4 second_raw, const EightOperands& operands) {
+  float first[8], second[8];
+  widen_eight(first, first_raw);
+  widen_eight(second, second_raw);
+#if EPILOGUE == ROTARY
+  store_head_eight(a, m, row, first, second, operands);
+#else
+  u16* target = (u16*)a.y + m * a.y_stride + row;
+#if EPILOGUE == GATED
+#pragma unroll
+  for (int i = 0; i < 8; i++) first[i] = first[i] / (1.0f + __expf(-first[i])) * second[i];
+  *(uint4*)target = narrow_eight(first);
+#else
+#if EPILOGUE == ADD
+  float residual[8];
+  widen_eight(residual, operands.words[0]);
+#pragma unroll
+  for (int i = 0; i < 8; i++) first[i] += residual[i];
+  widen_eight(residual, operands.words[1]);
+#pragma unroll
+  for (int i = 0; i < 8; i++) second[i] += residual[i];
+#endif
+  *(uint4*)target = narrow_eight(first);
+  *(uint4*)(target + a.pair) = narrow_eight(second);
+#endif
+#endif
+}
+
+__device__ __forceinline__ uint4 load_shared(u32 address) {
+  uint4 words;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+               : "r"(address)
+               : "memory");
+  return words;
+}
+
+// The epilogue of a warpgroup's share of a tile, through shared memory, so that 64 bytes of a token are stored at once.
+//
+// rows: where the tile's first group begins; target: the warpgroup's memory, 64 tokens of 128 bytes, 16 bytes of which
+// are eight rows: those of the first group, then those of the second, swizzled as the copy engine does it.
+__device__ __forceinline__ void finish_staged(
+    const Arguments& a, const Coded& c, const float* totals, int column, int rows, u32 target, int group, int warp,
+    int lane) {
+  const int thread = threadIdx.x % 128, row = rows + group * 32 + warp * 8 + lane / 4;
+  float bias[2] = {};
+  if (a.bias) {
+    bias[0] = widen(((const u16*)a.bias)[row]);
+    bias[1] = widen(((const u16*)a.bias)[row + a.pair]);
+  }
+#pragma unroll
+  for (int part = 0; part < COLUMNS / STAGED_COLUMNS; part++) {
+    const int first_column = column + part * STAGED_COLUMNS;
+    const float* sums = totals + part * STAGED_COLUMNS / 2;
+    EightOperands operands[STAGED_COLUMNS / 32];
+#pragma unroll
+    for (int i = 0; i < STAGED_COLUMNS / 32; i++) {
+      const int m = first_column + thread / 4 + i * 32;
+      if (m < a.num_rows) operands[i] = load_eight(a, m, rows + group * 32 + thread % 4 * 8);
+    }
+    float scale[STAGED_COLUMNS / 8][2];
+#pragma unroll
+    for (int n = 0; n < STAGED_COLUMNS / 8; n++)
+#pragma unroll
+      for (int e = 0; e < 2; e++) {
+        const int m = first_column + n * 8 + lane % 4 * 2 + e;
+        scale[n][e] = !E4M3 ? UNIT_VALUE : m < a.num_rows ? UNIT_VALUE * c.token_scale[m] : 0.0f;
+      }
+#pragma unroll
+    for (int n = 0; n < STAGED_COLUMNS / 8; n += 2) {
+      u32 matrices[4];
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const float* sum = sums + (n + i / 2) * 4 + i % 2 * 2;
+        matrices[i] = narrow_two(sum[0] * scale[n + i / 2][0] + bias[i % 2], sum[1] * scale[n + i / 2][1] + bias[i % 2]);
+      }
+      const int token = (n + lane / 16) * 8 + lane % 8, chunk = (lane / 8 % 2 * 4 + warp) ^ (lane % 8);
+      asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
+                   ::"r"(target + token * 128 + chunk * 16), "r"(matrices[0]), "r"(matrices[1]), "r"(matrices[2]),
+                   "r"(matrices[3])
+                   : "memory");
+    }
+    asm volatile("bar.sync %0, 128;" ::"r"(2 + group) : "memory");
+#pragma unroll
+    for (int i = 0; i < STAGED_COLUMNS / 32; i++) {
+      const int token = thread / 4 + i * 32, chunk = thread % 4;
+      const u32 address = target + token * 128;
+      if (first_column + token < a.num_rows)
+        store_eight(a, first_column + token, rows + group * 32 + chunk * 8, load_shared(address + (chunk ^ token % 8) * 16),
+                    load_shared(address + ((chunk + 4) ^ token % 8) * 16), operands[i]);
+    }
+    asm volatile("bar.sync %0, 128;" ::"r"(2 + group) : "memory");
+  }
+}
+
+#else
 // The epilogue of COUNT times eight columns, whose operands are all asked for before the first is needed.
 template <int COUNT>
 __device__ __forceinline__ void finish(const Arguments& a, const Coded& c, const float* totals, int column, int row) {
@@ -351,6 +544,7 @@ __device__ __forceinline__ void finish(const Arguments& a, const Coded& c, const
       store_pair(a, m, row, totals[n * 4 + e] * scale[n][e], totals[n * 4 + e + 2] * scale[n][e], operands[n][e]);
     }
 }
+#endif
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) w4_linear(
     const __grid_constant__ TensorMap weight_map, const __grid_constant__ TensorMap x_map,
@@ -479,10 +673,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) w4_linear(
           }
         }
       }
-      if (SPLIT > 1) break;
+#if STAGED
+      finish_staged(a, c, totals, tile.column * COLUMNS, first_row - row, base + a.stages * STAGE_BYTES + group * STAGED_BYTES,
+                    group, warp % 4, lane);
+#elif SPLIT == 1
 #pragma unroll
       for (int n = 0; n < TILES_N; n += 4)
         finish<4>(a, c, totals + n * 4, tile.column * COLUMNS + n * 8 + lane % 4 * 2, first_row);
+#endif
     }
   }
 #if SPLIT > 1
