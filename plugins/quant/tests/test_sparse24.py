@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from plexor.api import ConfigError, KernelTable, LinearFormat, LinearShape
+from plexor.api import Catalog, ConfigError, KernelTable, LinearFormat, LinearShape
+from plexor.testing.architecture import load_model, random_prompts, run
+from plexor.testing.checkpoints import write_checkpoint
 from plexor_quant import plugin
 from plexor_quant.sparse24 import Sparse24Format, Sparse24Fp8Format
 from plexor_quant.sparse24_layout import compress, prune, widen
@@ -165,3 +170,29 @@ def test_an_index_that_is_ignored_would_be_seen() -> None:
     stored = number_format.convert(weight)
     shifted = {**stored, "index": stored["index"].roll(1, dims=1)}
     assert not torch.equal(number_format.dense(shifted), weight)
+
+
+SIZES = {"vocab_size": 307, "hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 12}
+SIZES |= {"intermediate_size": 36, "num_hidden_layers": 2, "max_position_embeddings": 64}
+CONFIGS: Mapping[str, Callable[[], transformers.PretrainedConfig]] = {
+    "LlamaForCausalLM": lambda: transformers.LlamaConfig(**SIZES, attention_bias=True),
+    "MixtralForCausalLM": lambda: transformers.MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2),
+}
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_a_model_whose_layers_are_2_4_answers_as_it_does_dense(architecture: str, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, architecture, CONFIGS[architecture](), seed=4)
+    catalog, prompts = Catalog.load(), random_prompts(307)
+    with pytest.raises(ConfigError, match="is not 2:4"):
+        load_model(tmp_path, catalog, precision="sparse24")
+    for path in tmp_path.glob("*.safetensors"):
+        tensors = load_file(path)
+        rows = {name: tensor for name, tensor in tensors.items() if tensor.dim() > 1 and "layers." in name}
+        save_file({**tensors, **{name: prune(tensor).contiguous() for name, tensor in rows.items()}}, path)
+    dense = run(load_model(tmp_path, catalog), prompts, (1 << 30,))
+    sparse = run(load_model(tmp_path, catalog, precision="sparse24"), prompts, (1 << 30,))
+    rounded = run(load_model(tmp_path, catalog, precision="sparse24_fp8"), prompts, (1 << 30,))
+    for expected, found, near in zip(dense, sparse, rounded, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        assert not torch.equal(near, expected)
