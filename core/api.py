@@ -45,11 +45,12 @@ if TYPE_CHECKING:
         product_call,
         rotated_call,
     )
-    from plexor.kernels.cuda.program import LINEAR_HEADER, Program, load_program, tensor_map
+    from plexor.kernels.cuda.program import LINEAR_HEADER, STREAM_HEADER, Program, load_program, tensor_map
     from plexor.kernels.cuda.refusal import refuses_tiles
     from plexor.kernels.op import Sample
     from plexor.kernels.reference.paged_attention import dense_attention, sequence_entries, visible_positions
     from plexor.kernels.reference.rotary_kv_write import rotated
+    from plexor.kernels.reference.steps import added_product, gated_product, normed_product, rotated_product
     from plexor.kernels.table import KernelTable, resolve
     from plexor.kernels.triton.rms_norm import rms_norm
     from plexor.kernels.triton.rotary_kv_write import rotary_kv_write
@@ -129,11 +130,12 @@ _HOMES = {
         "product_call",
         "rotated_call",
     ),
-    "plexor.kernels.cuda.program": ("LINEAR_HEADER", "Program", "load_program", "tensor_map"),
+    "plexor.kernels.cuda.program": ("LINEAR_HEADER", "STREAM_HEADER", "Program", "load_program", "tensor_map"),
     "plexor.kernels.cuda.refusal": ("refuses_tiles",),
     "plexor.kernels.op": ("Sample",),
     "plexor.kernels.reference.paged_attention": ("dense_attention", "sequence_entries", "visible_positions"),
     "plexor.kernels.reference.rotary_kv_write": ("rotated",),
+    "plexor.kernels.reference.steps": ("added_product", "gated_product", "normed_product", "rotated_product"),
     "plexor.kernels.table": ("KernelTable", "resolve"),
     "plexor.kernels.triton.rms_norm": ("rms_norm",),
     "plexor.kernels.triton.rotary_kv_write": ("rotary_kv_write",),
@@ -174,6 +176,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 # Spelled out, because type checkers do not compute it.
 __all__ = [
     "LINEAR_HEADER",
+    "STREAM_HEADER",
     "Architecture",
     "Arguments",
     "Attention",
@@ -263,12 +266,15 @@ __all__ = [
     "WrittenFormat",
     "activation",
     "added_call",
+    "added_product",
     "dense_attention",
     "facts",
     "gated_activation",
     "gated_call",
+    "gated_product",
     "kv_storage",
     "load_program",
+    "normed_product",
     "num_multiprocessors",
     "paged_attention",
     "product_call",
@@ -280,6 +286,7 @@ __all__ = [
     "rotary_kv_write",
     "rotated",
     "rotated_call",
+    "rotated_product",
     "sequence_entries",
     "silu_mul",
     "tensor_map",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -24,9 +25,10 @@ def resolve(target: Target) -> Any:
 
 
 def bound(kernel: Kernel) -> Callable[..., Any]:
-    """The function that a kernel names, or a new instance of the class that it names."""
+    """The function that a kernel names, or a new instance of the class, or of the partial of one, that it names."""
     provider = resolve(kernel.load)
-    function: Callable[..., Any] = provider() if isinstance(provider, type) else provider
+    made = provider.func if isinstance(provider, partial) else provider
+    function: Callable[..., Any] = provider() if isinstance(made, type) else provider
     return function
 
 

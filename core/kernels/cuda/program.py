@@ -53,6 +53,9 @@ class Program:
 LINEAR_HEADER = Path(__file__).with_name("linear.cuh")
 """What the kernels of linear layers share."""
 
+STREAM_HEADER = Path(__file__).with_name("stream.cuh")
+"""What those among them share that stream weights past few rows; it comes behind the other."""
+
 
 def load_program(
     sources: tuple[Path, ...], defines: Mapping[str, int | str], threads: int, shared_bytes: int, cluster: int = 1

@@ -15,9 +15,9 @@ from torch import Tensor
 from plexor.kernels.cuda.call import BOX, Call, num_multiprocessors
 from plexor.kernels.cuda.choice import Stream
 from plexor.kernels.cuda.layout import STREAM_WARPS, Variant, variant_for
-from plexor.kernels.cuda.program import LINEAR_HEADER, load_program, tensor_map
+from plexor.kernels.cuda.program import LINEAR_HEADER, STREAM_HEADER, load_program, tensor_map
 
-_SOURCES = (LINEAR_HEADER, Path(__file__).with_name("stream_linear.cu"))
+_SOURCES = (LINEAR_HEADER, STREAM_HEADER, Path(__file__).with_name("stream_linear.cu"))
 
 
 class StreamLinear:

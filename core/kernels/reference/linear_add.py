@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 from torch import Tensor
 
 from plexor.kernels.reference.linear import linear
+from plexor.kernels.reference.steps import added_product
 
 
 def linear_add(x: Tensor, stored: Mapping[str, Tensor], residual: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -15,5 +17,4 @@ def linear_add(x: Tensor, stored: Mapping[str, Tensor], residual: Tensor, bias: 
     Providers may keep float32 between the steps, which the reference rounds to x's dtype, and may put the result in the
     place of the residual, which is not to be read again.
     """
-    y = linear(x, stored["weight"])
-    return residual + (y if bias is None else y + bias)
+    return added_product(partial(linear, weight=stored["weight"]), x, residual, bias)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 from torch import Tensor
 
-from plexor.kernels.reference.norm_linear import norm_linear
-from plexor.kernels.reference.silu_mul import silu_mul
+from plexor.kernels.reference.linear import linear
+from plexor.kernels.reference.steps import gated_product
 
 
 def norm_gated_linear(
@@ -18,4 +19,4 @@ def norm_gated_linear(
     bias [2 * I] is added before the gate. Providers may keep float32 between the steps, which the reference rounds to
     x's dtype.
     """
-    return silu_mul(norm_linear(x, gain, eps, stored, bias))
+    return gated_product(partial(linear, weight=stored["weight"]), x, gain, eps, bias)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 from torch import Tensor
 
 from plexor.kernels.reference.linear import linear
-from plexor.kernels.reference.rms_norm import rms_norm
+from plexor.kernels.reference.steps import normed_product
 
 
 def norm_linear(
@@ -17,5 +18,4 @@ def norm_linear(
 
     Providers may keep float32 between the steps, which the reference rounds to x's dtype.
     """
-    y = linear(rms_norm(x, gain, eps), stored["weight"])
-    return y if bias is None else y + bias
+    return normed_product(partial(linear, weight=stored["weight"]), x, gain, eps, bias)

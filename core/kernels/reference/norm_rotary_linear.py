@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 from torch import Tensor
 
 from plexor.batch import LayerCache
-from plexor.kernels.reference.norm_linear import norm_linear
-from plexor.kernels.reference.rotary_kv_write import rotary_kv_write
+from plexor.kernels.reference.linear import linear
+from plexor.kernels.reference.steps import rotated_product
 
 
 def norm_rotary_linear(
@@ -29,7 +30,5 @@ def norm_rotary_linear(
     the rest is as in rotary_kv_write. Providers may keep float32 between the steps, which the reference rounds to x's
     dtype; what is stored is rounded to x's dtype first, then to the cache's.
     """
-    num_kv_heads, head_size = cache["keys"].shape[2:]
-    heads = norm_linear(x, gain, eps, stored, bias).unflatten(1, (-1, head_size))
-    q, k, v = heads.split((heads.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads), dim=1)
-    return rotary_kv_write(q, k, v, cos, sin, positions, slots, cache)
+    product = partial(linear, weight=stored["weight"])
+    return rotated_product(product, x, gain, eps, cos, sin, positions, slots, cache, bias)

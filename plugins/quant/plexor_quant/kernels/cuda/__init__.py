@@ -1,0 +1,1 @@
+"""CUDA C++ kernels for products with coded weights, compiled at run time."""

@@ -1,0 +1,463 @@
+// The product of a few rows with a coded weight that is read once: y[T, N] = epilogue(x[T, K] W[N, K]^T), T <= COLUMNS.
+//
+//   device memory    codes of W, row-major, gains, scales      x, row-major
+//        |  weight warp: one bulk tensor copy a stage,            |  activation warp: only after the previous kernel
+//        v  never waits for the previous kernel                   v  has ended
+//   shared memory    ring of stages {codes 2 x ROWS x DEPTH}, and gains and x, whole, once (RESIDENT)
+//                    ring of stages {codes, x tile COLUMNS x DEPTH, gains}, where x is too large for that
+//                    ring of scales, and zero points, of a tile, where groups of features have their own (GROUP)
+//        |  WARPS consumer warps, each on its own slices of k: x is prepared in its place, codes are widened in registers,
+//        v  mma.m16n8k16 with the weight as the A operand
+//   shared memory    one partial sum for each warp -> sum, norm, scale, epilogue -> device memory
+//
+// A tile is two groups of ROWS weight rows at a distance of PAIR rows, as in stream_linear.cu.
+//
+// Codes are widened by moving their bits, so what the tensor cores see is a power of two times the weight, subnormals
+// among them, which they take exactly:
+//
+//   e4m3       sign, exponent and fraction in their places in half precision: 2^-120 (bfloat16), 2^-8 (float16)
+//   int8       code + 128, in 0 .. 255, as the lowest bits: 2^-133, 2^-24; in bfloat16 the eighth bit is the exponent's
+//              lowest, and numbers of the two smallest exponents lie equally far apart
+//   4 bits     nibble, in 0 .. 15, in the same way; in bfloat16 each second one is left four bits higher, times 16
+//
+// Products with an A operand of ones, in the same power of two, give sums of x; these times 128, 8 or the zero point are
+// taken off. x times a gain is rounded to half precision, as it is everywhere; in bfloat16 it is lifted by 2^80, so that
+// no product is lost below float32's range. What is left of the powers is in FACTOR.
+//
+// The compiler is given: CODE, GROUP (features that share a scale, 0: all of a row), ZEROS (zero points are stored),
+// COLUMNS (8 or 16), BLOCKS (ROWS = 8 * BLOCKS), DEPTH (k in a stage), RESIDENT, X_ROWS (rows of x that are copied), HALF
+// (1 for float16, 0 for bfloat16), NORM, EPILOGUE, NARROW (the cache holds float8_e4m3fn) and PER_SM (blocks of threads that
+// share a multiprocessor).
+
+#define E4M3 0
+#define INT8 1
+#define INT4 2
+
+struct Codes {
+  const void* scale;          // float32 [N], INT4: bfloat16 [N, groups]
+  const unsigned char* zero;  // ZEROS: [N, groups]
+  int groups;
+  int buffers;                // GROUP: tiles whose scales fit
+};
+
+constexpr int WARPS = 8;
+constexpr int ROWS = 8 * BLOCKS;
+constexpr int TILES_N = COLUMNS / 8;
+constexpr int BOX = CODE == INT4 ? 256 : 128;  // k in 128 bytes, the width of a swizzled box
+constexpr int BOXES = DEPTH / BOX;
+constexpr int SLICE = BOX / 2;                 // k that a warp takes at once, 16 bytes of a row's codes for each lane t
+constexpr int SLICES = DEPTH / SLICE / WARPS;  // of a warp in a stage
+constexpr int CHUNKS = SLICE / 32;             // of 8 activations, 16 bytes, for each lane t
+constexpr int X_BOXES = SLICE / 64;            // boxes of x, 64 k, in a slice
+constexpr int WEIGHT_BYTES = 2 * ROWS * BOXES * 128;
+constexpr int X_BYTES = X_ROWS * DEPTH * 2;
+constexpr int GAIN_BYTES = NORM ? DEPTH * 2 : 0;
+constexpr int STAGE_BYTES = WEIGHT_BYTES + (RESIDENT ? 0 : X_BYTES + GAIN_BYTES);
+constexpr int MOST_STAGES = 16;
+constexpr int MOST_STEPS = 64;    // of DEPTH k, with x resident
+constexpr int MOST_BUFFERS = 16;  // of scales
+constexpr int SUMS = BLOCKS * TILES_N * 4 * 32;  // numbers in one warp's partial sum
+constexpr int BUFFERS = SUMS <= 128 ? 2 : 1;     // partial sums of two tiles, where there is room: one barrier less
+constexpr int OFFSET = CODE == E4M3 ? 0 : CODE == INT8 ? 128 : 8;
+constexpr int PARTS = 0 < GROUP && GROUP < SLICE ? SLICE / GROUP : 1;  // groups that a slice belongs to
+// 8 lanes prepare the 8 chunks of a unit: a row's k of one box. UNITS_EACH: those of a slice, for four such lanes.
+constexpr int UNITS = X_BOXES * X_ROWS;
+constexpr int UNITS_EACH = UNITS > 4 ? UNITS / 4 : 1;
+constexpr float FACTOR = CODE == E4M3 ? (HALF ? 0x1p8f : 0x1p40f) : (HALF ? 0x1p24f : 0x1p53f);
+
+static_assert(SLICES >= 1 && SLICES * WARPS * SLICE == DEPTH, "each warp has the same slices");
+static_assert(SUMS / 2 <= WARPS * 32, "each thread finishes one pair of numbers at most");
+static_assert(X_BYTES % 1024 == 0 && GAIN_BYTES % 1024 == 0, "the swizzle counts from multiples of 1024 bytes");
+static_assert(PARTS <= 4, "a group is no less than what one lane takes");
+
+__device__ __forceinline__ void copy_bytes(u32 target, const void* source, int bytes, u32 barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+      ::"r"(target), "l"(source), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+
+__device__ __forceinline__ void store_shared(u32 address, uint4 v) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
+__device__ __forceinline__ float load_bfloat16(u32 address) {
+  u16 bits;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(bits) : "r"(address));
+  return __uint_as_float((u32)bits << 16);
+}
+
+__device__ __forceinline__ float load_byte(u32 address) {
+  u32 bits;
+  asm volatile("ld.shared.u8 %0, [%1];" : "=r"(bits) : "r"(address));
+  return (float)bits;
+}
+
+__device__ __forceinline__ u32 word(uint4 v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+
+// Two registers of an A fragment, four k of a row: those of step m of the 2 * CHUNKS that 16 bytes of codes give.
+__device__ __forceinline__ void widened(uint4 codes, int m, u32& first, u32& second) {
+#if CODE == E4M3
+  constexpr u32 REST = HALF ? 0x3F803F80 : 0x07F007F0;
+  const u32 odd = word(codes, m), even = odd << 8;
+  first = (odd & 0x80008000) | ((odd >> (HALF ? 1 : 4)) & REST);
+  second = (even & 0x80008000) | ((even >> (HALF ? 1 : 4)) & REST);
+#elif CODE == INT8
+  const u32 shifted = word(codes, m) ^ 0x80808080;
+  first = __byte_perm(shifted, 0, 0x4140);
+  second = __byte_perm(shifted, 0, 0x4342);
+#else
+  const u32 nibbles = word(codes, m / 2) >> (m % 2 * 8);
+  first = nibbles & 0x000F000F;
+  second = HALF ? (nibbles >> 4) & 0x000F000F : nibbles & 0x00F000F0;
+#endif
+}
+
+// Eight activations in the order in which `widened` gives weights, and lifted.
+__device__ __forceinline__ uint4 arranged(uint4 v) {
+#if CODE == E4M3
+  v = make_uint4(__byte_perm(v.x, v.y, 0x7632), __byte_perm(v.x, v.y, 0x5410), __byte_perm(v.z, v.w, 0x7632),
+                 __byte_perm(v.z, v.w, 0x5410));
+#elif CODE == INT4
+  v = make_uint4(__byte_perm(v.x, v.z, 0x5410), __byte_perm(v.x, v.z, 0x7632), __byte_perm(v.y, v.w, 0x5410),
+                 __byte_perm(v.y, v.w, 0x7632));
+#endif
+#if !HALF
+  constexpr u32 LIFT = 0x67806780, LESS = CODE == INT4 ? 0x65806580 : LIFT;  // 2^80, and 2^76 for nibbles times 16
+  v = make_uint4(multiply_pair(v.x, LIFT), multiply_pair(v.y, LESS), multiply_pair(v.z, LIFT), multiply_pair(v.w, LESS));
+#endif
+  return v;
+}
+
+// Where 16 bytes of x lie behind the first of a stage or step, as the copy engine swizzles them.
+__device__ __forceinline__ u32 raw_place(int box, int row, int chunk) {
+  const int line = box * X_ROWS + row;
+  return line * 128 + (chunk ^ line % 8) * 16;
+}
+
+// Where lane t of a column finds its chunk j of a slice, prepared: in the lines of the same row and slice, and so that
+// neither those who store nor those who load meet a bank twice.
+__device__ __forceinline__ u32 prepared_place(int slice, int row, int j, int t) {
+  return ((slice * X_BOXES + j / 2) * X_ROWS + row) * 128 + ((j % 2 * 4 + t) ^ row % 2 * 4 ^ j / 2 * 2) * 16;
+}
+
+// Prepares the units `unit` .. `unit + 7` of this warp, of those below `end`, four at a time, and adds up their squares.
+// Units follow one another by boxes, rows, slices and steps; x and gains of one step lie a stride behind the last one's.
+__device__ __forceinline__ void prepare(
+    int unit, int end, u32 x, u32 x_stride, u32 gain, u32 gain_stride, u32 arrived, float* first, float* second) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, chunk = lane % 8;
+  uint4 v[2], gains[2];
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const int own = unit + 4 * i + lane / 8, slice = own / UNITS % SLICES * WARPS + warp, step = own / UNITS / SLICES;
+    if (own < end) {
+      const int box = slice * X_BOXES + own % X_BOXES;
+      if (RESIDENT) barrier_wait(arrived + 8 * step, 0);
+      v[i] = load_shared(x + step * x_stride + raw_place(box, own / X_BOXES % X_ROWS, chunk));
+      if (NORM) gains[i] = load_shared(gain + step * gain_stride + box * 128 + (chunk ^ box % 8) * 16);
+    }
+  }
+  __syncwarp();  // what is stored now lay elsewhere in the same lines
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const int own = unit + 4 * i + lane / 8, slice = own / UNITS % SLICES * WARPS + warp, step = own / UNITS / SLICES;
+    if (own < end) {
+      if (NORM) {
+        float& square = i == 0 ? *first : *second;
+        square = square_all(square, v[i]);
+        v[i] = make_uint4(multiply_pair(v[i].x, gains[i].x), multiply_pair(v[i].y, gains[i].y),
+                          multiply_pair(v[i].z, gains[i].z), multiply_pair(v[i].w, gains[i].w));
+      }
+      const int place = own % X_BOXES * 8 + chunk;  // of the chunk in the slice
+      const u32 target = prepared_place(slice, own / X_BOXES % X_ROWS, place % CHUNKS, place / CHUNKS);
+      store_shared(x + step * x_stride + target, arranged(v[i]));
+    }
+  }
+}
+
+extern "C" __global__ void __launch_bounds__((WARPS + 2) * 32, PER_SM) stream_coded(
+    const __grid_constant__ TensorMap weight_map, const __grid_constant__ TensorMap x_map,
+    const __grid_constant__ TensorMap gain_map, const __grid_constant__ Arguments a, const __grid_constant__ Codes codes) {
+  extern __shared__ __align__(1024) char ring[];
+  __shared__ __align__(8) u64 barriers[2 * MOST_STAGES + (RESIDENT ? MOST_STEPS : 0) + (GROUP ? 2 * MOST_BUFFERS : 0)];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int num_tiles = a.num_outputs / (2 * ROWS), num_steps = (a.num_inputs + DEPTH - 1) / DEPTH;
+  const u32 full = shared_address(barriers), empty = full + 8 * MOST_STAGES, arrived = empty + 8 * MOST_STAGES;
+  const u32 scales_full = arrived + (RESIDENT ? 8 * MOST_STEPS : 0), scales_empty = scales_full + 8 * MOST_BUFFERS;
+  const u32 base = shared_address(ring);
+  // Where a step's x and gains lie: resident ones by the step, others by the stage.
+  const u32 x_base = base + (RESIDENT ? a.stages * STAGE_BYTES : WEIGHT_BYTES), x_stride = RESIDENT ? X_BYTES : STAGE_BYTES;
+  const u32 gain_base = x_base + (RESIDENT ? num_steps * X_BYTES : X_BYTES), gain_stride = RESIDENT ? GAIN_BYTES : STAGE_BYTES;
+  // Of a tile: scales of both groups of rows, then their zero points.
+  const int scale_bytes = GROUP ? 2 * ROWS * codes.groups * (ZEROS ? 3 : 2) : 0;
+  const u32 scale_base = base + a.stages * STAGE_BYTES + (RESIDENT ? num_steps * (X_BYTES + GAIN_BYTES) : 0);
+  const u32 scale_end = scale_base - base + (GROUP ? codes.buffers * scale_bytes : 0);
+  float(*partial)[WARPS][SUMS] = (float(*)[WARPS][SUMS])(ring + scale_end);
+#if NORM
+  float(*squares)[WARPS][COLUMNS] = (float(*)[WARPS][COLUMNS])(partial + BUFFERS);
+#endif
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < a.stages; i++) {
+      barrier_init(full + 8 * i, RESIDENT ? 1 : 2);
+      barrier_init(empty + 8 * i, WARPS);
+    }
+    if (RESIDENT)
+      for (int i = 0; i < num_steps; i++) barrier_init(arrived + 8 * i, NORM ? 2 : 1);
+    if (GROUP)
+      for (int i = 0; i < codes.buffers; i++) {
+        barrier_init(scales_full + 8 * i, 1);
+        barrier_init(scales_empty + 8 * i, WARPS);
+      }
+    asm volatile("fence.mbarrier_init.release.cluster;");
+  }
+  __syncthreads();
+  let_next_kernel_start();
+  int stage = 0, buffer = 0;
+  u32 phase = 0, buffer_phase = 0;
+  if (warp == WARPS) {
+    if (lane == 0) {
+      for (int tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
+        const int row = tile_row(tile, ROWS, a.pair);
+        if (GROUP) {
+          const u32 done = scales_full + 8 * buffer, target = scale_base + buffer * scale_bytes;
+          const int bytes = 2 * ROWS * codes.groups;  // of one group of rows
+          const char* scale = (const char*)codes.scale + (long long)row * codes.groups * 2;
+          barrier_wait(scales_empty + 8 * buffer, buffer_phase ^ 1);
+          barrier_expect(done, scale_bytes);
+          copy_bytes(target, scale, bytes, done);
+          copy_bytes(target + bytes, scale + (long long)a.pair * codes.groups * 2, bytes, done);
+          if (ZEROS) {
+            const unsigned char* zero = codes.zero + (long long)row * codes.groups;
+            copy_bytes(target + 2 * bytes, zero, bytes / 2, done);
+            copy_bytes(target + 2 * bytes + bytes / 2, zero + (long long)a.pair * codes.groups, bytes / 2, done);
+          }
+          if (++buffer == codes.buffers) buffer = 0, buffer_phase ^= 1;
+        }
+        for (int step = 0; step < num_steps; step++) {
+          barrier_wait(empty + 8 * stage, phase ^ 1);
+          const u32 done = full + 8 * stage;
+          barrier_expect(done, WEIGHT_BYTES + (RESIDENT ? 0 : GAIN_BYTES));
+          copy_weight(base + stage * STAGE_BYTES, &weight_map, row, step * BOXES, done);
+          if (NORM && !RESIDENT) copy_gain(gain_base + stage * gain_stride, &gain_map, step * (DEPTH / 64), done);
+          if (++stage == a.stages) stage = 0, phase ^= 1;
+        }
+      }
+    }
+    return;
+  }
+  if (RESIDENT && NORM && warp == WARPS + 1 && lane == 0)
+    for (int step = 0; step < num_steps; step++) {
+      barrier_expect(arrived + 8 * step, GAIN_BYTES);
+      copy_gain(gain_base + step * gain_stride, &gain_map, step * (DEPTH / 64), arrived + 8 * step);
+    }
+  wait_for_previous_kernel();
+  if (warp == WARPS + 1) {
+    if (lane == 0) {
+      asm volatile("fence.proxy.async;" ::: "memory");
+      const int last = RESIDENT ? blockIdx.x + 1 : num_tiles;
+      for (int tile = blockIdx.x; tile < last; tile += gridDim.x) {
+        for (int step = 0; step < num_steps; step++) {
+          const int place = RESIDENT ? step : stage;
+          const u32 done = (RESIDENT ? arrived : full) + 8 * place;
+          if (!RESIDENT) barrier_wait(empty + 8 * stage, phase ^ 1);
+          barrier_expect(done, X_BYTES);
+          copy_x(x_base + place * x_stride, &x_map, step * (DEPTH / 64), done);
+          if (++stage == a.stages) stage = 0, phase ^= 1;
+        }
+      }
+    }
+    return;
+  }
+  // Lane (g, t) of a consumer holds rows g and g + 8 of the weight's fragments and column g of those of x, and takes the
+  // t-th quarter of a slice's k: any order of k will do that is the same for both operands. Fragment row g is row `own` of
+  // eight in shared memory, so that the 16 bytes that eight lanes load together lie in different banks.
+  const int g = lane / 4, t = lane % 4, own = g % 2 * 4 + g / 2;
+  // The pair of numbers that this thread finishes in each tile: column `mine` of x, row own + 8 b of both groups.
+  const int e = threadIdx.x / 32 % 2, n = threadIdx.x / 64 % TILES_N, b = threadIdx.x / 64 / TILES_N;
+  const int index = ((b * TILES_N + n) * 4 + e) * 32 + lane, mine = n * 8 + t * 2 + e;
+  const bool finishes = threadIdx.x < SUMS / 2 && mine < a.num_rows;
+  float square[UNITS_EACH > 2 ? UNITS_EACH : 2] = {};
+  if (RESIDENT) {
+    const int end = num_steps * SLICES * UNITS;
+    constexpr int EACH = UNITS_EACH > 2 ? UNITS_EACH : 2;
+    for (int unit = 0; unit < end; unit += 4 * EACH)
+#pragma unroll
+      for (int i = 0; i < EACH; i += 2)
+        prepare(unit + 4 * i, end, x_base, x_stride, gain_base, gain_stride, arrived, &square[i], &square[i + 1]);
+    __syncwarp();
+  }
+  float ones[TILES_N][4] = {};  // sums of x, where all of a row's features share a scale
+  int sums_buffer = 0;
+  for (int tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
+    const int tile_first = tile_row(tile, ROWS, a.pair), row = tile_first + b * 8 + own;
+    Operands operands = {};
+    float first_scale = FACTOR, second_scale = FACTOR;
+    if (finishes) {
+      operands = load_operands(a, mine, row);
+#if GROUP == 0 && CODE == INT4
+      first_scale *= __uint_as_float((u32)((const u16*)codes.scale)[row] << 16);
+      second_scale *= __uint_as_float((u32)((const u16*)codes.scale)[row + a.pair] << 16);
+#elif GROUP == 0
+      first_scale *= ((const float*)codes.scale)[row];
+      second_scale *= ((const float*)codes.scale)[row + a.pair];
+#endif
+    }
+    float sums[BLOCKS][TILES_N][4] = {};
+    if (!RESIDENT) {
+#pragma unroll
+      for (int i = 0; i < UNITS_EACH; i++) square[i] = 0;
+#pragma unroll
+      for (int n = 0; n < TILES_N; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) ones[n][e] = 0;
+    }
+#if GROUP
+    const u32 scales = scale_base + buffer * scale_bytes;
+    barrier_wait(scales_full + 8 * buffer, buffer_phase);
+#endif
+    for (int step = 0; step < num_steps; step++) {
+      barrier_wait(full + 8 * stage, phase);
+      const u32 weights = base + stage * STAGE_BYTES, here = x_base + (RESIDENT ? step : stage) * x_stride;
+      if (!RESIDENT) {
+#pragma unroll
+        for (int i = 0; i < SLICES * UNITS_EACH; i += 2)
+          prepare(4 * i, SLICES * UNITS, here, 0, gain_base + stage * gain_stride, 0, 0, &square[i % UNITS_EACH],
+                  &square[(i + 1) % UNITS_EACH]);
+        __syncwarp();
+      }
+#pragma unroll
+      for (int u = 0; u < SLICES; u++) {
+        const int slice = u * WARPS + warp;
+        const u32 source = weights + slice / 2 * ROWS * 128 + own * 128 + ((slice % 2 * 4 + t) ^ own) * 16;
+        uint4 x[TILES_N][CHUNKS], low[BLOCKS], high[BLOCKS];
+#pragma unroll
+        for (int b = 0; b < BLOCKS; b++) {
+          low[b] = load_shared(source + b * 1024);
+          high[b] = load_shared(source + b * 1024 + BOXES * ROWS * 128);
+        }
+#pragma unroll
+        for (int n = 0; n < TILES_N; n++)
+#pragma unroll
+          for (int j = 0; j < CHUNKS; j++)  // columns without a row of x repeat another's: their products are dropped
+            x[n][j] = load_shared(here + prepared_place(slice, (n * 8 + g) % X_ROWS, j, t));
+#if GROUP
+        float total[PARTS][BLOCKS][TILES_N][4] = {}, part_ones[PARTS][TILES_N][4] = {};
+#endif
+#pragma unroll
+        for (int m = 0; m < 2 * CHUNKS; m++) {
+          constexpr u32 ONE = 0x00010001, SECOND_ONE = CODE == INT4 && !HALF ? 0x00100010 : ONE;
+          u32 f[BLOCKS][4];
+#pragma unroll
+          for (int b = 0; b < BLOCKS; b++) {
+            widened(low[b], m, f[b][0], f[b][2]);
+            widened(high[b], m, f[b][1], f[b][3]);
+          }
+#pragma unroll
+          for (int n = 0; n < TILES_N; n++) {
+            const uint4 chunk = x[n][m / 2];
+            const u32 x0 = m % 2 ? chunk.z : chunk.x, x1 = m % 2 ? chunk.w : chunk.y;
+#if GROUP
+#pragma unroll
+            for (int p = 0; p < PARTS; p++) {
+              const bool is_in = PARTS == 1 || t * PARTS / 4 == p;
+              const u32 y0 = is_in ? x0 : 0, y1 = is_in ? x1 : 0;
+              mma(part_ones[p][n], ONE, ONE, SECOND_ONE, SECOND_ONE, y0, y1);
+#pragma unroll
+              for (int b = 0; b < BLOCKS; b++) mma(total[p][b][n], f[b][0], f[b][1], f[b][2], f[b][3], y0, y1);
+            }
+#else
+            // Those of a resident x are the same for every tile.
+            if (OFFSET && (!RESIDENT || tile == blockIdx.x)) mma(ones[n], ONE, ONE, SECOND_ONE, SECOND_ONE, x0, x1);
+#pragma unroll
+            for (int b = 0; b < BLOCKS; b++) mma(sums[b][n], f[b][0], f[b][1], f[b][2], f[b][3], x0, x1);
+#endif
+          }
+        }
+#if GROUP
+#pragma unroll
+        for (int p = 0; p < PARTS; p++) {
+          // Beyond the last feature all products are 0, whatever the scale.
+          const int group = min((step * DEPTH + slice * SLICE) / GROUP + p, codes.groups - 1);
+#pragma unroll
+          for (int b = 0; b < BLOCKS; b++) {
+            const int place = (b * 8 + own) * codes.groups + group, far = ROWS * codes.groups;
+            const float low_scale = load_bfloat16(scales + 2 * place), high_scale = load_bfloat16(scales + 2 * (place + far));
+            float low_zero = OFFSET, high_zero = OFFSET;
+            if (ZEROS) {
+              low_zero = load_byte(scales + 4 * far + place);
+              high_zero = load_byte(scales + 4 * far + place + far);
+            }
+#pragma unroll
+            for (int n = 0; n < TILES_N; n++)
+#pragma unroll
+              for (int e = 0; e < 4; e++) {
+                const float value = fmaf(e < 2 ? -low_zero : -high_zero, part_ones[p][n][e], total[p][b][n][e]);
+                sums[b][n][e] = fmaf(e < 2 ? low_scale : high_scale, value, sums[b][n][e]);
+              }
+          }
+        }
+#endif
+      }
+      if (!RESIDENT) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // the copy engine writes here next
+      __syncwarp();
+      if (lane == 0) barrier_arrive(empty + 8 * stage);
+      if (++stage == a.stages) stage = 0, phase ^= 1;
+    }
+    if (GROUP) {
+      if (lane == 0) barrier_arrive(scales_empty + 8 * buffer);
+      if (++buffer == codes.buffers) buffer = 0, buffer_phase ^= 1;
+    }
+#pragma unroll
+    for (int b = 0; b < BLOCKS; b++) {
+      float low_zero = OFFSET, high_zero = OFFSET;
+#if GROUP == 0 && ZEROS
+      low_zero = codes.zero[tile_first + b * 8 + own];
+      high_zero = codes.zero[tile_first + b * 8 + own + a.pair];
+#endif
+#pragma unroll
+      for (int n = 0; n < TILES_N; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+          float value = sums[b][n][e];
+          if (!GROUP && OFFSET) value = fmaf(e < 2 ? -low_zero : -high_zero, ones[n][e], value);
+          partial[sums_buffer][warp][((b * TILES_N + n) * 4 + e) * 32 + lane] = value;
+        }
+    }
+#if NORM
+    if (!RESIDENT || tile == blockIdx.x) {
+      // Lanes that prepared another chunk, box or slice of a row hold the rest of its squares.
+#pragma unroll
+      for (int i = 0; i < UNITS_EACH; i++) {
+        float total = square[i];
+        if (UNITS_EACH == 1) total += square[1];
+        for (int distance = 1; distance < 8; distance *= 2) total += __shfl_xor_sync(~0u, total, distance);
+        if (X_BOXES == 2 || X_ROWS == 1) total += __shfl_xor_sync(~0u, total, 8);
+        if (UNITS < 4) total += __shfl_xor_sync(~0u, total, 16);
+        if (lane % 8 == 0) squares[RESIDENT ? 0 : sums_buffer][warp][(4 * i + lane / 8) / X_BOXES % X_ROWS] = total;
+      }
+    }
+#endif
+    asm volatile("bar.sync 1, %0;" ::"n"(WARPS * 32) : "memory");
+    if (finishes) {
+      float first = 0, second = 0;
+#pragma unroll
+      for (int w = 0; w < WARPS; w++) {
+        first += partial[sums_buffer][w][index];
+        second += partial[sums_buffer][w][index + 64];
+      }
+#if NORM
+      float total = 0;
+#pragma unroll
+      for (int w = 0; w < WARPS; w++) total += squares[RESIDENT ? 0 : sums_buffer][w][mine];
+      const float scale = rsqrtf(total / a.num_inputs + a.eps);
+      first_scale *= scale;
+      second_scale *= scale;
+#endif
+      store_pair(a, mine, row, first * first_scale, second * second_scale, operands);
+    }
+    if (BUFFERS == 2)
+      sums_buffer ^= 1;
+    else
+      asm volatile("bar.sync 1, %0;" ::"n"(WARPS * 32) : "memory");
+  }
+}
