@@ -236,7 +236,7 @@ class _Run:
                 if gain.target.startswith(prefix):
                     norm = modules[gain.target]
                     assert isinstance(norm, RMSNorm)
-                    self.writer.write(gain.name, norm.weight.to(gain.dtype))
+                    self.writer.write(gain.name, norm.weight.to(gain.dtype, copy=True))
         for matrix in matrices:
             self._write_matrix(matrix, matrix.assembled(kept))
 

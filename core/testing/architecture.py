@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,11 +42,15 @@ def load_model(
     kv: str = "dense",
     dtype: torch.dtype = torch.float32,
     device: torch.device = CPU,
+    kernels: Mapping[str, str] | None = None,
 ) -> BuiltModel:
-    """What the engine loads: `.model`, `.config` and `.build`; from the installed plugins unless a catalog is given."""
+    """What the engine loads: `.model`, `.config` and `.build`; from the installed plugins unless a catalog is given.
+
+    kernels: op to provider, over the table's choice.
+    """
     catalog = catalog or Catalog.load()
     placement = Placement(device=device, dtype=dtype, precision=precision, kv=kv, mesh=mesh)
-    return loading.load_model(open_folder(folder), catalog, catalog.kernel_table(), placement)[0]
+    return loading.load_model(open_folder(folder), catalog, catalog.kernel_table(kernels), placement)[0]
 
 
 def random_prompts(vocab_size: int, lengths: Sequence[int] = LENGTHS, *, seed: int = 0) -> list[list[int]]:

@@ -17,6 +17,9 @@ from torch.nn import functional
 INT4_PRECISIONS: Mapping[int, str] = {64: "int4_wo_g64", 32: "int4_wo_g32"}
 """Precisions with smaller groups, by size, largest first."""
 
+HEAD = "lm_head"
+"""What transformers calls a model's head, whatever it is called in the checkpoint and even if it is not stored."""
+
 BYTES_IN_WORD = 4
 
 Pack = Callable[[Mapping[str, Tensor], int], dict[str, Tensor]]
@@ -64,7 +67,7 @@ class CompressedTensors:
             "format": self.form,
             "quantization_status": "compressed",
             "config_groups": {"group_0": group},
-            "ignore": list(ignored),
+            "ignore": list(dict.fromkeys((*ignored, HEAD))),
             "kv_cache_scheme": None,
         }
 
