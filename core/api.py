@@ -47,11 +47,13 @@ if TYPE_CHECKING:
     )
     from plexor.kernels.cuda.program import LINEAR_HEADER, STREAM_HEADER, Program, load_program, tensor_map
     from plexor.kernels.cuda.refusal import refuses_tiles
+    from plexor.kernels.cuda.tiled_linear import TiledCut, TiledLinear, TiledScales
     from plexor.kernels.op import Sample
     from plexor.kernels.reference.paged_attention import dense_attention, sequence_entries, visible_positions
     from plexor.kernels.reference.rotary_kv_write import rotated
     from plexor.kernels.reference.steps import added_product, gated_product, normed_product, rotated_product
     from plexor.kernels.table import KernelTable, resolve
+    from plexor.kernels.triton.pdl import launch_next, overlaps, wait
     from plexor.kernels.triton.rms_norm import rms_norm
     from plexor.kernels.triton.rotary_kv_write import rotary_kv_write
     from plexor.kernels.triton.silu_mul import silu_mul
@@ -132,11 +134,13 @@ _HOMES = {
     ),
     "plexor.kernels.cuda.program": ("LINEAR_HEADER", "STREAM_HEADER", "Program", "load_program", "tensor_map"),
     "plexor.kernels.cuda.refusal": ("refuses_tiles",),
+    "plexor.kernels.cuda.tiled_linear": ("TiledCut", "TiledLinear", "TiledScales"),
     "plexor.kernels.op": ("Sample",),
     "plexor.kernels.reference.paged_attention": ("dense_attention", "sequence_entries", "visible_positions"),
     "plexor.kernels.reference.rotary_kv_write": ("rotated",),
     "plexor.kernels.reference.steps": ("added_product", "gated_product", "normed_product", "rotated_product"),
     "plexor.kernels.table": ("KernelTable", "resolve"),
+    "plexor.kernels.triton.pdl": ("launch_next", "overlaps", "wait"),
     "plexor.kernels.triton.rms_norm": ("rms_norm",),
     "plexor.kernels.triton.rotary_kv_write": ("rotary_kv_write",),
     "plexor.kernels.triton.silu_mul": ("silu_mul",),
@@ -259,6 +263,9 @@ __all__ = [
     "TensorInfo",
     "TensorSource",
     "TensorView",
+    "TiledCut",
+    "TiledLinear",
+    "TiledScales",
     "Tokenizer",
     "Transpose",
     "VocabEmbedding",
@@ -273,9 +280,11 @@ __all__ = [
     "gated_call",
     "gated_product",
     "kv_storage",
+    "launch_next",
     "load_program",
     "normed_product",
     "num_multiprocessors",
+    "overlaps",
     "paged_attention",
     "product_call",
     "read_object",
@@ -292,6 +301,7 @@ __all__ = [
     "tensor_map",
     "under",
     "visible_positions",
+    "wait",
 ]
 
 

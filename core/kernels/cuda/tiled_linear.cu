@@ -1,0 +1,429 @@
+// The product of 17 rows and more on the tensor cores: y[T, N] = epilogue(x[T, K] W[N, K]^T).
+//
+//   device memory    W, row-major                          x, row-major
+//        |  weight thread: bulk tensor copies a stage,        |  activation thread: the same, but only after the
+//        v  never waits for the previous kernel               v  previous kernel has ended
+//   shared memory    ring of stages {x tile TOKENS x 128 bytes, weight tile OUTPUTS x 128 bytes}, as wgmma reads them
+//        |  two warpgroups: wgmma with x as the A operand; of 64 tokens each takes half of the weight rows, else each
+//        v  takes half of the tokens
+//   registers        sums -> (SPLIT > 1: added up over a cluster through shared memory) -> epilogue
+//
+// Weight rows are wgmma's columns, so that a tile may have any multiple of 32 of them and a layer be cut evenly among the
+// multiprocessors. They lie in shared memory eight and eight by turns, PAIR rows apart, so that both numbers that an
+// epilogue combines end in one thread.
+//
+// A cluster is SPLIT teams of SHARE blocks. The blocks of a team multiply different weight rows with the same part of x:
+// each copies a slice of it to all of them, and a stage is free when the consumers of the whole team have read it. The
+// teams take a part of k each, and each finishes a part of the tile.
+//
+// The compiler is given: TOKENS (64, 128, 256), X_ROWS (of them that are copied), OUTPUTS, PIECE (weight rows of a copy),
+// SPLIT, SHARE, SUM (the type of a sum), MULTIPLY(sums, a, b, adds) (64 tokens and COLUMNS weight rows over 32 bytes of
+// k), SCALED, HALF, EPILOGUE and NARROW.
+
+constexpr int CONSUMERS = 256;
+constexpr int STRIPES = TOKENS == 256 ? 2 : 1;                // of 64 tokens, in a warpgroup
+constexpr int COLUMNS = TOKENS == 64 ? OUTPUTS / 2 : OUTPUTS;  // weight rows of a warpgroup
+constexpr int UNITS = COLUMNS / 16;                           // eight weight rows and their eight partners
+constexpr int ALL_UNITS = STRIPES * UNITS;
+constexpr int OWN_UNITS = (ALL_UNITS + SPLIT - 1) / SPLIT;    // that a team finishes
+constexpr int CHUNK = STRIPES == 2 ? 2 : 4;                   // whose operands are asked for at once
+constexpr int X_BYTES = TOKENS * 128;
+constexpr int WEIGHT_BYTES = OUTPUTS * 128;
+constexpr int STAGE_BYTES = X_BYTES + WEIGHT_BYTES;
+constexpr int SLICE = X_ROWS / SHARE;
+constexpr int CLUSTER = SPLIT * SHARE;
+constexpr int MOST_STAGES = 16;
+constexpr int BAND = 8;  // tiles of tokens that are multiplied with the same weights one after the other
+constexpr u64 EVICT_NORMAL = 0x1000000000000000ull;
+
+struct Scales {
+  const float* tokens;   // [T]
+  const float* outputs;  // [N]
+};
+
+// Where wgmma finds rows of 128 bytes under the 128-byte swizzle: eight rows are 1024 bytes.
+__device__ __forceinline__ u64 operand(u32 address) {
+  return (u64)((address & 0x3FFFF) >> 4) | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
+}
+
+// The weight row of a pair's first number; octet counts pairs in eights.
+__device__ __forceinline__ int first_row(int octet, int pair) {
+  const int octets = pair / 8;
+  return octet / octets * 2 * pair + octet % octets * 8;
+}
+
+__device__ __forceinline__ void copy_weight(u32 target, const TensorMap* map, int place, int box, u32 barrier, u64 keep) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%2, %3, %4, %5, %6}], [%7], %8;"
+      ::"r"(target), "l"(map), "r"(0), "r"(0), "r"(0), "r"(place), "r"(box), "r"(barrier), "l"(keep)
+      : "memory");
+}
+
+__device__ __forceinline__ void copy_x(u32 target, const TensorMap* map, int box, int token, u32 barrier, u32 team) {
+#if SHARE > 1
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%2, %3}], [%4], %5;"
+      ::"r"(target), "l"(map), "r"(box * 64), "r"(token), "r"(barrier), "h"((u16)team)
+      : "memory");
+#else
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
+      ::"r"(target), "l"(map), "r"(box * 64), "r"(token), "r"(barrier)
+      : "memory");
+#endif
+}
+
+__device__ __forceinline__ void cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ u32 remote_address(u32 address, int rank) {
+  u32 remote;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+  return remote;
+}
+
+// If this thread is the one that speaks for its warpgroup: the stage may be filled again, for all that the team knows of
+// us. Without a branch, beside which the compiler would let no product of the next stage run.
+__device__ __forceinline__ void release(u32 barrier, int team_rank, bool speaks) {
+#pragma unroll
+  for (int i = 0; i < SHARE; i++)
+    asm volatile(
+        "{\n"
+        ".reg .pred speaks;\n"
+        ".reg .b32 remote;\n"
+        "setp.ne.b32 speaks, %2, 0;\n"
+        "mapa.shared::cluster.u32 remote, %0, %1;\n"
+        "@speaks mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
+        "}"
+        ::"r"(barrier), "r"(team_rank + i), "r"((int)speaks)
+        : "memory");
+}
+
+// Keeps the compiler from reading a sum before wgmma has written it.
+__device__ __forceinline__ void settle(float& sum) { asm volatile("" : "+f"(sum)::"memory"); }
+__device__ __forceinline__ void settle(int& sum) { asm volatile("" : "+r"(sum)::"memory"); }
+
+__device__ __forceinline__ void add_remote(SUM* total, u32 address, int rank) {
+  u32 bits[4];
+  asm volatile("ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(bits[0]), "=r"(bits[1]), "=r"(bits[2]), "=r"(bits[3])
+               : "r"(remote_address(address, rank))
+               : "memory");
+#pragma unroll
+  for (int i = 0; i < 4; i++) total[i] += *(SUM*)&bits[i];
+}
+
+__device__ __forceinline__ float widen_low(u32 two) { return widen((u16)two); }
+__device__ __forceinline__ float widen_high(u32 two) { return widen((u16)(two >> 16)); }
+__device__ __forceinline__ u32 narrow_two(float low, float high) { return narrow(low) | (u32)narrow(high) << 16; }
+
+// What a tile's finish needs to know of a token.
+struct Token {
+  bool inside;
+  float scale;
+  long long angle;
+  long long slot;
+};
+
+// What an epilogue needs of memory for two tokens, two adjacent weight rows and their two partners.
+struct Extras {
+  float2 scale[2];      // SCALED: of the rows, of their partners
+  u32 bias[2];
+  u32 residual[2][2];   // ADD: [token][first or second]
+  float2 turn[2][2];    // ROTARY: [token][cosine or sine]
+};
+
+__device__ __forceinline__ Token load_token(const Arguments& a, const Scales& scales, int m) {
+  Token token = {};
+  token.inside = m < a.num_rows;
+#if SCALED
+  token.scale = token.inside ? scales.tokens[m] : 0.0f;
+#endif
+#if EPILOGUE == ROTARY
+  token.angle = token.inside ? a.positions[m] * a.pair : 0;
+  token.slot = token.inside ? a.slots[m] : -1;
+#endif
+  return token;
+}
+
+__device__ __forceinline__ Extras load_extras(
+    const Arguments& a, const Scales& scales, const Token* tokens, int m, int row) {
+  Extras extras = {};
+#if SCALED
+  extras.scale[0] = *(const float2*)(scales.outputs + row);
+  extras.scale[1] = *(const float2*)(scales.outputs + row + a.pair);
+#endif
+  if (a.bias) {
+    extras.bias[0] = *(const u32*)((const u16*)a.bias + row);
+    extras.bias[1] = *(const u32*)((const u16*)a.bias + row + a.pair);
+  }
+#pragma unroll
+  for (int t = 0; t < 2; t++) {
+    if (!tokens[t].inside) continue;
+#if EPILOGUE == ADD
+    const u16* residual = (const u16*)a.residual + (m + t * 8) * a.residual_stride + row;
+    extras.residual[t][0] = *(const u32*)residual;
+    extras.residual[t][1] = *(const u32*)(residual + a.pair);
+#elif EPILOGUE == ROTARY
+    const long long angle = tokens[t].angle + row % a.pair;
+    extras.turn[t][0] = *(const float2*)(a.cos + angle);
+    extras.turn[t][1] = *(const float2*)(a.sin + angle);
+#endif
+  }
+  return extras;
+}
+
+#if EPILOGUE == ROTARY
+__device__ __forceinline__ void store_entries(void* cache, long long index, float low, float high) {
+  const u32 two = narrow_two(low, high);
+#if NARROW
+  u16 bits;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(bits) : "f"(widen_high(two)), "f"(widen_low(two)));
+  *(u16*)((unsigned char*)cache + index) = bits;
+#else
+  *(u32*)((u16*)cache + index) = two;
+#endif
+}
+
+__device__ __forceinline__ void store_heads(
+    const Arguments& a, const Token& token, int m, int row, float* first, float* second, const float2* turn) {
+  const int half = a.pair, size = 2 * half, head = row / size, feature = row % size;
+#pragma unroll
+  for (int e = 0; e < 2; e++) {
+    const float low = widen(narrow(first[e])), high = widen(narrow(second[e]));
+    const float c = e ? turn[0].y : turn[0].x, s = e ? turn[1].y : turn[1].x;
+    const bool turns = head < a.num_heads + a.num_kv_heads;
+    first[e] = turns ? low * c - high * s : low;
+    second[e] = turns ? high * c + low * s : high;
+  }
+  if (head < a.num_heads) {
+    u16* target = (u16*)a.y + m * a.y_stride + row;
+    *(u32*)target = narrow_two(first[0], first[1]);
+    *(u32*)(target + half) = narrow_two(second[0], second[1]);
+    return;
+  }
+  if (token.slot < 0) return;
+  const int kv_head = head - a.num_heads;
+  const bool is_key = kv_head < a.num_kv_heads;
+  void* cache = is_key ? a.keys : a.values;
+  const long long entry = token.slot * a.entry_stride + (is_key ? kv_head : kv_head - a.num_kv_heads) * size + feature;
+  store_entries(cache, entry, first[0], first[1]);
+  store_entries(cache, entry + half, second[0], second[1]);
+}
+#endif
+
+// sums: as wgmma leaves them, of eight columns and of their partners: {token, token + 8} x {column, column + 1}.
+__device__ __forceinline__ void store_unit(
+    const Arguments& a, const Token* tokens, int m, int row, const SUM* sums, const Extras& extras) {
+#pragma unroll
+  for (int t = 0; t < 2; t++) {
+    if (!tokens[t].inside) continue;
+    const int token = m + t * 8;
+    float first[2] = {(float)sums[t * 2], (float)sums[t * 2 + 1]};
+    float second[2] = {(float)sums[t * 2 + 4], (float)sums[t * 2 + 5]};
+#if SCALED
+    first[0] *= tokens[t].scale * extras.scale[0].x, first[1] *= tokens[t].scale * extras.scale[0].y;
+    second[0] *= tokens[t].scale * extras.scale[1].x, second[1] *= tokens[t].scale * extras.scale[1].y;
+#endif
+    if (a.bias) {
+      first[0] += widen_low(extras.bias[0]), first[1] += widen_high(extras.bias[0]);
+      second[0] += widen_low(extras.bias[1]), second[1] += widen_high(extras.bias[1]);
+    }
+#if EPILOGUE == ROTARY
+    store_heads(a, tokens[t], token, row, first, second, extras.turn[t]);
+#elif EPILOGUE == GATED
+#pragma unroll
+    for (int e = 0; e < 2; e++) first[e] = first[e] / (1.0f + __expf(-first[e])) * second[e];
+    *(u32*)((u16*)a.y + token * a.y_stride + row) = narrow_two(first[0], first[1]);
+#else
+#if EPILOGUE == ADD
+    first[0] += widen_low(extras.residual[t][0]), first[1] += widen_high(extras.residual[t][0]);
+    second[0] += widen_low(extras.residual[t][1]), second[1] += widen_high(extras.residual[t][1]);
+#endif
+    u16* target = (u16*)a.y + token * a.y_stride + row;
+    *(u32*)target = narrow_two(first[0], first[1]);
+    *(u32*)(target + a.pair) = narrow_two(second[0], second[1]);
+#endif
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(CONSUMERS + 64, 1) tiled_linear(
+    const __grid_constant__ TensorMap weight_map, const __grid_constant__ TensorMap x_map,
+    const __grid_constant__ Arguments a, const __grid_constant__ Scales scales) {
+  extern __shared__ __align__(1024) char ring[];
+  __shared__ __align__(8) u64 barriers[2 * MOST_STAGES];
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;  // known to be the same in a warp
+  const u32 base = shared_address(ring), full = shared_address(barriers), empty = full + 8 * MOST_STAGES;
+  const int rank = blockIdx.x % CLUSTER, member = rank % SHARE, part = rank / SHARE, team_rank = part * SHARE;
+  const int num_tiles = (a.num_outputs + OUTPUTS - 1) / OUTPUTS, num_teams = (num_tiles + SHARE - 1) / SHARE;
+  const int num_bands = (a.num_rows + TOKENS - 1) / TOKENS, num_items = num_teams * num_bands;
+  const int num_boxes = a.num_inputs / 64;
+  const int first_box = num_boxes * part / SPLIT, end_box = num_boxes * (part + 1) / SPLIT;
+  const int first_item = blockIdx.x / CLUSTER, item_step = gridDim.x / CLUSTER;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < a.stages; i++) {
+      barrier_init(full + 8 * i, 2);
+      barrier_init(empty + 8 * i, 2 * SHARE);
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;");
+  }
+  __syncthreads();
+  if (CLUSTER > 1) cluster_barrier();
+  let_next_kernel_start();
+  // Items in turn: BAND tiles of tokens with the first weight rows, the same with the next ones, and so on.
+  const auto tile_of = [&](int item, int& tile, int& token) {
+    const int band = item / (BAND * num_teams), in_band = item % (BAND * num_teams);
+    const int width = min(BAND, num_bands - band * BAND);
+    tile = in_band / width * SHARE + member;
+    token = (band * BAND + in_band % width) * TOKENS;
+  };
+  int stage = 0;
+  u32 phase = 0;
+  if (warp == CONSUMERS / 32) {
+    if (lane == 0) {
+      const u64 keep = num_bands > 1 ? EVICT_NORMAL : EVICT_FIRST;
+      for (int item = first_item; item < num_items; item += item_step) {
+        int tile, token;
+        tile_of(item, tile, token);
+        const int octet = min(tile, num_tiles - 1) * (OUTPUTS / 16);
+        for (int box = first_box; box < end_box; box++) {
+          barrier_wait(empty + 8 * stage, phase ^ 1);
+          barrier_expect(full + 8 * stage, WEIGHT_BYTES);
+          const u32 target = base + stage * STAGE_BYTES + X_BYTES;
+#pragma unroll
+          for (int piece = 0; piece < OUTPUTS / PIECE; piece++) {
+            const int row = first_row(octet + piece * (PIECE / 16), a.pair);
+            copy_weight(target + piece * PIECE * 128, &weight_map, row / (a.pair == 8 ? 16 : 8), box, full + 8 * stage, keep);
+          }
+          if (++stage == a.stages) stage = 0, phase ^= 1;
+        }
+      }
+    }
+  } else if (warp == CONSUMERS / 32 + 1) {
+    wait_for_previous_kernel();
+    if (lane == 0) {
+      asm volatile("fence.proxy.async;" ::: "memory");
+      for (int item = first_item; item < num_items; item += item_step) {
+        int tile, token;
+        tile_of(item, tile, token);
+        for (int box = first_box; box < end_box; box++) {
+          barrier_wait(empty + 8 * stage, phase ^ 1);
+          barrier_expect(full + 8 * stage, X_ROWS * 128);
+          const u32 target = base + stage * STAGE_BYTES + member * SLICE * 128;
+          copy_x(target, &x_map, box, token + member * SLICE, full + 8 * stage, ((1u << SHARE) - 1) << team_rank);
+          if (++stage == a.stages) stage = 0, phase ^= 1;
+        }
+      }
+    }
+  }
+  __syncwarp();
+  SUM sums[STRIPES * COLUMNS / 2];
+  const int group = warp / 4;
+  const int left_offset = TOKENS == 64 ? 0 : group * STRIPES * 64 * 128;
+  const int right_offset = X_BYTES + (TOKENS == 64 ? group * COLUMNS * 128 : 0);
+  const int own_token = (TOKENS == 64 ? 0 : group * STRIPES * 64) + warp % 4 * 16 + lane / 4;
+  const int own_octet = TOKENS == 64 ? group * UNITS : 0;
+  int ready = 0;  // stage that is multiplied next
+  u32 ready_phase = 0;
+  const auto multiply_tile = [&] {
+    int last_stage = -1;
+    for (int box = first_box; box < end_box; box++) {
+      barrier_wait(full + 8 * ready, ready_phase);
+      const u64 left = operand(base + ready * STAGE_BYTES + left_offset);
+      const u64 right = operand(base + ready * STAGE_BYTES + right_offset);
+      asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+      for (int k = 0; k < 4; k++)
+#pragma unroll
+        for (int stripe = 0; stripe < STRIPES; stripe++)
+          MULTIPLY((sums + stripe * COLUMNS / 2), left + k * 2 + stripe * 512, right + k * 2, box > first_box || k > 0);
+      asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+      asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+      release(empty + 8 * last_stage, team_rank, threadIdx.x % 128 == 0 && last_stage >= 0);
+      last_stage = ready;
+      if (++ready == a.stages) ready = 0, ready_phase ^= 1;
+    }
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#pragma unroll
+    for (int i = 0; i < STRIPES * COLUMNS / 2; i++) settle(sums[i]);
+    release(empty + 8 * last_stage, team_rank, threadIdx.x % 128 == 0);
+  };
+#if SPLIT == 1
+  if (warp < CONSUMERS / 32) wait_for_previous_kernel();
+  for (int item = first_item; item < num_items && warp < CONSUMERS / 32; item += item_step) {
+    multiply_tile();
+    int tile, tile_token;
+    tile_of(item, tile, tile_token);
+    if (tile >= num_tiles) continue;
+    const int tile_octet = tile * (OUTPUTS / 16) + own_octet;
+#pragma unroll
+    for (int stripe = 0; stripe < STRIPES; stripe++) {
+      const int m = tile_token + own_token + stripe * 64;
+      const Token tokens[2] = {load_token(a, scales, m), load_token(a, scales, m + 8)};
+#pragma unroll
+      for (int chunk = 0; chunk < UNITS; chunk += CHUNK) {
+        Extras extras[CHUNK];
+        int rows[CHUNK];
+#pragma unroll
+        for (int i = 0; i < CHUNK && chunk + i < UNITS; i++) {
+          rows[i] = first_row(tile_octet + chunk + i, a.pair) + lane % 4 * 2;
+          if (rows[i] < a.num_outputs) extras[i] = load_extras(a, scales, tokens, m, rows[i]);
+        }
+#pragma unroll
+        for (int i = 0; i < CHUNK && chunk + i < UNITS; i++)
+          if (rows[i] < a.num_outputs) store_unit(a, tokens, m, rows[i], sums + stripe * COLUMNS / 2 + (chunk + i) * 8, extras[i]);
+      }
+    }
+  }
+#else
+  if (warp < CONSUMERS / 32) {
+    wait_for_previous_kernel();
+    multiply_tile();
+    // The ring is drained: its memory holds each thread's sums for the other teams of the cluster.
+    asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");
+#pragma unroll
+    for (int i = 0; i < STRIPES * COLUMNS / 2; i += 4) {
+      const SUM four[4] = {sums[i], sums[i + 1], sums[i + 2], sums[i + 3]};
+      *(uint4*)(ring + (i / 4 * CONSUMERS + threadIdx.x) * 16) = *(const uint4*)four;
+    }
+  }
+  __syncwarp();
+  cluster_barrier();
+  int tile, tile_token;
+  tile_of(first_item, tile, tile_token);
+  if (warp < CONSUMERS / 32 && tile < num_tiles) {
+    const int tile_octet = tile * (OUTPUTS / 16) + own_octet;
+    const int end = min(ALL_UNITS, (part + 1) * OWN_UNITS);
+    for (int chunk = part * OWN_UNITS; chunk < end; chunk += CHUNK) {
+      Extras extras[CHUNK];
+      Token tokens[CHUNK][2];
+      SUM total[CHUNK][8] = {};
+      int m[CHUNK], rows[CHUNK];
+#pragma unroll
+      for (int i = 0; i < CHUNK; i++) {
+        const int unit = chunk + i;
+        m[i] = tile_token + own_token + unit / UNITS * 64;
+        rows[i] = first_row(tile_octet + unit % UNITS, a.pair) + lane % 4 * 2;
+        if (unit >= end || rows[i] >= a.num_outputs) continue;
+        tokens[i][0] = load_token(a, scales, m[i]), tokens[i][1] = load_token(a, scales, m[i] + 8);
+#pragma unroll
+        for (int p = 0; p < SPLIT; p++)
+#pragma unroll
+          for (int j = 0; j < 8; j += 4)
+            add_remote(total[i] + j, base + ((unit * 2 + j / 4) * CONSUMERS + threadIdx.x) * 16, p * SHARE + member);
+      }
+#pragma unroll
+      for (int i = 0; i < CHUNK; i++)
+        if (chunk + i < end && rows[i] < a.num_outputs) extras[i] = load_extras(a, scales, tokens[i], m[i], rows[i]);
+#pragma unroll
+      for (int i = 0; i < CHUNK; i++)
+        if (chunk + i < end && rows[i] < a.num_outputs) store_unit(a, tokens[i], m[i], rows[i], total[i], extras[i]);
+    }
+  }
+#endif
+  __syncwarp();
+  if (CLUSTER > 1) cluster_barrier();  // nobody leaves whose memory or barriers others still use
+}
