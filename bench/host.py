@@ -16,7 +16,8 @@ import torch
 import transformers
 
 from plexor import Engine, EngineConfig, SamplingParams
-from plexor.runtime.graphs import DecodeSteps, DrawnRows
+from plexor.runtime.capture import DrawnRows
+from plexor.runtime.graphs import DecodeSteps
 from plexor.runtime.sampler import Settings
 from plexor.testing.checkpoints import write_checkpoint
 

@@ -32,10 +32,10 @@ def activation_bytes(built: BuiltModel, num_tokens: int, num_rows: int) -> int:
     return max(layers, logits) + (WORKSPACE if built.build.device.type == "cuda" else 0)
 
 
-def graph_bytes(built: BuiltModel, num_rows: int) -> int:
-    """The memory that all captured decode steps share: what the largest takes, num_rows rows, and its logits."""
+def graph_bytes(built: BuiltModel, num_rows: int, num_drawn: int) -> int:
+    """The memory that all captured steps share: what the largest take, of num_rows rows or of num_drawn logits."""
     itemsize = built.build.dtype.itemsize
-    return num_rows * (widest(built.module) + built.config.vocab_size) * itemsize + WORKSPACE
+    return (num_rows * widest(built.module) + num_drawn * built.config.vocab_size) * itemsize + WORKSPACE
 
 
 def table_bytes(num_slots: int, max_blocks: int) -> int:

@@ -10,11 +10,11 @@ from plexor.checkpoint.folder import ModelFolder
 from plexor.config import EngineConfig
 from plexor.extension.catalog import Catalog
 from plexor.kernels.table import Choice
-from plexor.runtime.footprint import activation_bytes, graph_bytes, table_bytes
+from plexor.runtime.footprint import activation_bytes, table_bytes
 from plexor.runtime.graphs import decode_buckets
 from plexor.runtime.kv_cache import block_bytes, cpu_cache_bytes, machine_bytes
 from plexor.runtime.loading import BuiltModel, plan_model, settle_precision
-from plexor.runtime.ranks import context_length, max_blocks, most_blocks, replays_decodes
+from plexor.runtime.ranks import captured_bytes, context_length, max_blocks, most_blocks, replays_decodes
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ def count_run(config: EngineConfig, built: BuiltModel) -> RunPlan:
     tables = table_bytes(num_sequences, max_blocks(config, max_length))
     step = activation_bytes(built, num_tokens, num_sequences) + tables
     replays = replays_decodes(config, device)
-    graphs = graph_bytes(built, num_sequences) if replays else 0
+    graphs = captured_bytes(config, built) if replays else 0
     left = usable - weights - step - graphs
     budget = left if device.type == "cuda" else min(left, cpu_cache_bytes(config.tensor_parallel))
     num_blocks = config.num_blocks or max(min(budget // each, most_blocks(config, max_length)), 0)
@@ -92,7 +92,7 @@ def count_run(config: EngineConfig, built: BuiltModel) -> RunPlan:
 
 def _graphs_note(num_sequences: int) -> str:
     count = len(decode_buckets(num_sequences))
-    return f"decode steps of up to {num_sequences:,} sequences in {count} sizes, an estimate"
+    return f"decode steps of up to {num_sequences:,} sequences in {count} sizes, and short prompts, an estimate"
 
 
 def weight_bytes(built: BuiltModel) -> int:

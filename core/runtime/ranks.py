@@ -28,6 +28,7 @@ from plexor.runtime.graphs import decode_buckets
 from plexor.runtime.kv_cache import allocate, block_bytes, check_blocks, cpu_cache_bytes, fit_blocks, unused_bytes
 from plexor.runtime.loading import BuiltModel, choose_device, choose_placement, draw_model, load_model, plan_model
 from plexor.runtime.packer import StepInput
+from plexor.runtime.pieces import ROWS
 from plexor.runtime.runner import Pending, Runner
 
 PATIENCE = timedelta(minutes=5)
@@ -139,8 +140,13 @@ def step_bytes(config: EngineConfig, built: BuiltModel, max_length: int) -> int:
     """Memory for what is neither a weight nor the cache, captured graphs included."""
     device = built.build.device
     tables = table_bytes(config.max_sequences, max_blocks(config, max_length))
-    graphs = graph_bytes(built, config.max_sequences) if replays_decodes(config, device) else 0
+    graphs = captured_bytes(config, built) if replays_decodes(config, device) else 0
     return activation_bytes(built, config.step_tokens(device.type), config.max_sequences) + tables + graphs
+
+
+def captured_bytes(config: EngineConfig, built: BuiltModel) -> int:
+    """Memory for captured steps: decodes of all sequences, and the longest steps with pieces that are padded."""
+    return graph_bytes(built, max(config.max_sequences, ROWS[-1]), config.max_sequences)
 
 
 class Ranks:

@@ -7,18 +7,19 @@ from dataclasses import dataclass, replace
 
 import numpy
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from plexor.batch import Batch, ForwardContext, LayerCache, LogitRows, MediaRows, Pages, Prefill
+from plexor.batch import Batch, ForwardContext, LayerCache, MediaRows, Pages, Prefill
 from plexor.errors import RequestError
 from plexor.model.media import MediaModel
-from plexor.runtime.graphs import DecodeSteps, DrawnRows
+from plexor.runtime.capture import Captures, DrawnRows, GraphMemory
+from plexor.runtime.graphs import DecodeSteps
 from plexor.runtime.loading import BuiltModel
 from plexor.runtime.packer import MediaSpan, SequenceMedia, StepInput
+from plexor.runtime.pieces import PieceSteps
 from plexor.runtime.request import TokenLogprobs
-from plexor.runtime.sampler import LogprobRows, Sampler, Settings
-from plexor.runtime.state import Array, SlotState, send
+from plexor.runtime.sampler import LogprobRows, Sampler
+from plexor.runtime.state import SlotState, send
 
 REDRAWN = 64
 """Rows whose logits are changed together: each takes several times its logits of memory meanwhile."""
@@ -44,7 +45,8 @@ class Pending:
 class Runner:
     """Holds the model, its cache and the state of running sequences; steps are launched in order.
 
-    buckets: numbers of rows that decode steps are padded to, as `DecodeSteps` takes them.
+    buckets: numbers of rows that decode steps are padded to, as `DecodeSteps` takes them, so that they can be captured;
+    with any, short steps with pieces of prompts are padded, too.
     """
 
     def __init__(
@@ -63,8 +65,22 @@ class Runner:
         self._cache = cache
         self._state = SlotState(build, num_slots, max_blocks, block_size)
         self._sampler = Sampler(build, built.config.vocab_size, self._state.tokens)
+        memory = GraphMemory(self._device) if buckets and self._device.type == "cuda" else None
+        reports = build.mesh.rank == 0
         self._decodes = DecodeSteps(
-            built.model, cache, self._state, self._sampler, buckets=buckets, reports=build.mesh.rank == 0
+            built.model,
+            cache,
+            self._state,
+            self._sampler,
+            buckets=buckets,
+            captures=Captures("decode steps", memory, reports=reports),
+        )
+        self._pieces = PieceSteps(
+            built.model,
+            cache,
+            self._state,
+            self._sampler,
+            captures=Captures("steps of short prompts", memory, reports=reports) if buckets else None,
         )
         self._decoding: list[int] | None = None  # the slots that the decode steps' rows stand for
         self._media: dict[tuple[int, int], SequenceMedia] = {}
@@ -80,9 +96,10 @@ class Runner:
             self._admit_media(new.slot, new.media)
             self._decoding = None
         if step.pieces:
-            slots, drawn = self._run_pieces(step)
+            slots = [*step.decodes, *(piece.slot for piece in step.pieces if piece.draws >= 0)]
+            drawn = self._pieces.run(step, self._media_rows(step.media))
         else:
-            slots, drawn = self._run_decodes(step)
+            slots, drawn = step.decodes, self._run_decodes(step)
         if self.watch_logits is not None:
             self.watch_logits(drawn.logits[: len(slots)])
         return self._send_back(*self._finish(slots, drawn))
@@ -101,6 +118,7 @@ class Runner:
     def close(self) -> None:
         """No step is launched from now on."""
         self._decodes.close()
+        self._pieces.close()
 
     def _hidden(self, token_ids: Sequence[int]) -> Tensor:
         """The model's output [T, H] before the head, of one sequence in the first blocks of the cache."""
@@ -118,7 +136,7 @@ class Runner:
         batch = Batch(torch.tensor(token_ids, dtype=torch.int64, device=self._device), positions)
         return self._model.forward(batch, ctx)
 
-    def _run_decodes(self, step: StepInput) -> tuple[list[int], DrawnRows]:
+    def _run_decodes(self, step: StepInput) -> DrawnRows:
         """A step of decodes alone, which needs nothing of the CPU but what has changed since the last one."""
         is_new = step.decodes != self._decoding
         rows = self._decodes.arrays(step.decodes) if is_new else []
@@ -130,39 +148,7 @@ class Runner:
                 self._decoding = step.decodes
             if blocks:
                 self._state.write_blocks(*arrays[len(rows) :])
-        return step.decodes, self._decodes.run(len(step.decodes))
-
-    def _run_pieces(self, step: StepInput) -> tuple[list[int], DrawnRows]:
-        """A step with pieces of prompts: its rows are those of the decodes, then those of each piece."""
-        state, num_decodes = self._state, len(step.decodes)
-        slots = [*step.decodes, *(piece.slot for piece in step.pieces if piece.draws >= 0)]
-        row_slots = _integers(slots)
-        host = [*state.new_blocks(step.blocks), row_slots, *self._sampler.settings(row_slots)]
-        _, arrays = send([*host, *_piece_arrays(step, state)], self._device)
-        state.write_blocks(*arrays[:2])
-        of_rows, settings = arrays[2], Settings(*arrays[3:8])
-        owners, query_start, last_rows, *known, ends = arrays[8:]
-        state.fill_rows(owners, first_row=num_decodes)
-        if num_decodes:
-            of_decodes = state.advance(of_rows[:num_decodes])
-            known = [torch.cat(pair) for pair in zip(of_decodes, known, strict=True)]
-        token_ids, positions, cache_slots, kv_length, steps = known
-        num_rows = num_decodes + len(step.pieces)
-        pages = Pages(
-            query_start,
-            kv_length,
-            state.row_table[:num_rows],
-            max_query=max(len(piece.token_ids) for piece in step.pieces),
-            num_decodes=num_decodes,
-            prefills=tuple(_prefills(step)),
-        )
-        logit_rows = LogitRows(last_rows, state.one_row_pages(kv_length[: len(slots)]))
-        ctx = ForwardContext(pages, cache_slots, logit_rows, self._cache)
-        batch = Batch(token_ids, positions, self._media_rows(step.media))
-        logits = self._model.logits(self._model.forward(batch, ctx))
-        ids = self._sampler.draw(logits, settings, steps, of_rows)
-        state.begin(of_rows[num_decodes:], ends, steps[num_decodes:] + 1)
-        return slots, DrawnRows(ids, logits, settings, steps)
+        return self._decodes.run(len(step.decodes))
 
     def _finish(self, slots: Sequence[int], drawn: DrawnRows) -> tuple[Tensor, LogprobRows | None]:
         """The step's ids [R], drawn again where a row changes its logits, and the log probabilities asked for."""
@@ -225,45 +211,6 @@ class Runner:
         arrived = torch.cuda.Event()
         arrived.record()
         return Pending(landing, logprobs, arrived)
-
-
-def _piece_arrays(step: StepInput, state: SlotState) -> list[Array]:
-    """What the device does not know of a step with pieces.
-
-    Slots of the pieces [P]; query_start [S + 1]; the rows that draw [R]; then what `advance` gives for decodes: token
-    ids, positions and cache slots of the pieces' rows, entries after the step of each piece, which token each piece
-    that draws does draw; at last the entries of those pieces.
-    """
-    pieces, num_decodes = step.pieces, len(step.decodes)
-    positions = [numpy.arange(piece.start, piece.start + len(piece.token_ids)) for piece in pieces]
-    ends = numpy.array([piece.start + len(piece.token_ids) for piece in pieces], dtype=numpy.int32)
-    draws = numpy.array([piece.draws for piece in pieces], dtype=numpy.int64)
-    counts = numpy.array([1] * num_decodes + [len(piece.token_ids) for piece in pieces], dtype=numpy.int32)
-    starts = numpy.concatenate([[0], counts.cumsum()]).astype(numpy.int32)
-    draws_one = numpy.concatenate([numpy.ones(num_decodes, dtype=bool), draws >= 0])
-    return [
-        _integers([piece.slot for piece in pieces]),
-        starts,
-        starts[1:][draws_one].astype(numpy.int64) - 1,
-        numpy.concatenate([_integers(piece.token_ids) for piece in pieces]),
-        numpy.concatenate(positions),
-        numpy.concatenate([state.cache_slots(p.slot, where) for p, where in zip(pieces, positions, strict=True)]),
-        ends,
-        draws[draws >= 0],
-        ends[draws >= 0],
-    ]
-
-
-def _prefills(step: StepInput) -> Iterator[Prefill]:
-    row = len(step.decodes)
-    for sequence, piece in enumerate(step.pieces, start=row):
-        count = len(piece.token_ids)
-        yield Prefill(sequence, row, count, piece.start + count)
-        row += count
-
-
-def _integers(values: Sequence[int]) -> NDArray[numpy.int64]:
-    return numpy.array(values, dtype=numpy.int64)
 
 
 def _landing(tensor: Tensor) -> Tensor:

@@ -78,11 +78,13 @@ def test_replayed_steps_draw_what_launched_steps_draw(folders: dict[str, Path], 
         expected = crowd(launched)
     with engine(folders[name]) as replayed:
         assert crowd(replayed) == expected
-        steps = replayed.core._ranks.rank.runner._decodes
-        assert len(steps._captured) > 3, "nothing was captured"
-        captured = dict(steps._captured)
+        runner = replayed.core._ranks.rank.runner
+        captures = runner._decodes._captures, runner._pieces._captures
+        assert all(len(kind) > 3 for kind in captures), "nothing was captured"
+        captured = [dict(kind._captured) for kind in captures]
         assert crowd(replayed) == expected
-        assert all(steps._captured[bucket] is graph for bucket, graph in captured.items())
+        for kind, graphs in zip(captures, captured, strict=True):
+            assert all(kind._captured[key] is graph for key, graph in graphs.items())
 
 
 def test_preemption_and_prefix_hits_between_replays(folders: dict[str, Path]) -> None:
@@ -122,9 +124,10 @@ def test_what_cannot_be_captured_is_said_once_and_still_right(
         expected = crowd(launched)
     with caplog.at_level(logging.WARNING), engine(folder, kernels=slow) as tried:
         assert crowd(tried) == expected
-        assert not tried.core._ranks.rank.runner._decodes._captured
-    (record,) = [record for record in caplog.records if record.name == "plexor.runtime.graphs"]
-    assert "paged_attention.py" in record.getMessage()
+        assert not len(tried.core._ranks.rank.runner._decodes._captures)
+    records = [record.getMessage() for record in caplog.records if record.name == "plexor.runtime.capture"]
+    assert [said.split(" run ")[0] for said in sorted(records)] == ["decode steps", "steps of short prompts"]
+    assert all("paged_attention.py" in said for said in records)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -68,10 +68,25 @@ def test_a_sequence_goes_on_from_what_was_kept(state: SlotState) -> None:
     assert state.row_table[0, :2].tolist() == [3, 1]
 
 
-def test_tables_of_prompts_lie_behind_those_of_decodes(state: SlotState) -> None:
+def test_tables_stand_in_the_order_of_the_sequences(state: SlotState) -> None:
     give(state, NewBlocks(0, 0, [2]), NewBlocks(1, 0, [4, 3]))
-    state.fill_rows(torch.tensor([1, 0]), first_row=1)
-    assert state.row_table.tolist() == [[0] * 5, [4, 3, 0, 0, 0], [2, 0, 0, 0, 0]]
+    state.fill_rows(torch.tensor([1, 0]))
+    assert state.row_table.tolist() == [[4, 3, 0, 0, 0], [2, 0, 0, 0, 0], [0] * 5]
+
+
+def test_nothing_is_kept_of_padding(state: SlotState) -> None:
+    slots, lengths = torch.tensor([-1, 1, -1]), torch.tensor([7, 5, 9], dtype=torch.int32)
+    state.begin(slots, lengths, torch.tensor([3, 2, 4]))
+    assert state.lengths[:3].tolist() == [0, 5, 0]
+    assert state.steps[:3].tolist() == [0, 2, 0]
+
+
+def test_room_for_entries_follows_the_blocks(state: SlotState) -> None:
+    give(state, NewBlocks(1, 0, [4, 3]), NewBlocks(0, 0, [2]))
+    give(state, NewBlocks(1, 2, [1]))
+    assert [state.num_entries(slot) for slot in range(3)] == [4, 12, 0]
+    give(state, NewBlocks(1, 0, [2]))
+    assert state.num_entries(1) == 4
 
 
 @pytest.mark.parametrize("lengths", [[], [4, 9]])
