@@ -28,7 +28,9 @@ from plexor.api import (
     rotary_kv_write,
     rotated_call,
 )
-from plexor_quant.kernels.cuda.w4 import MOST_COLUMNS, Prepared, W4Call, W4Cut, W4Linear, prepare, rule
+from plexor_quant.kernels.cuda.coded import Activations, CodedCall, Codes
+from plexor_quant.kernels.cuda.w4 import Prepared, W4Linear, prepare
+from plexor_quant.kernels.cuda.w4_layout import MOST_COLUMNS, W4Cut, lies_well, rule
 from plexor_quant.packing import pack, widen
 from plexor_quant.rounding import round_e4m3
 
@@ -77,10 +79,12 @@ class Weight:
         inputs = 2 * self.packed.shape[1]
         return widen(self.packed, self.scale, inputs, self.group_size, self.zero)
 
-    def coded(self, call: Call | None, rounds: bool) -> W4Call:
+    def coded(self, call: Call | None, rounds: bool) -> CodedCall:
         assert call is not None
-        coded = W4Call(call, self.scale, self.zero, self.group_size, rounds)
+        codes = Codes(self.packed, self.scale, self.zero, self.group_size)
+        coded = CodedCall(call, codes, Activations.E4M3 if rounds else Activations.AS_THEY_ARE)
         assert coded.lies_well()
+        assert lies_well(coded)
         return coded
 
 
@@ -166,7 +170,7 @@ def check_case(
     call = weight.coded(around.call(epilogue, x, weight.packed, residual), rounds)
     linear = W4Linear()
     for _ in range(2):
-        linear.launch(call, cut)
+        linear.launch(call, cut or rule(call))
     got = [call.call.y.reshape(rows, -1)]
     if epilogue == "rotary":
         got += list(around.cache.values())
@@ -341,7 +345,7 @@ class Timer:
         self._linears[name][layer].launch(call, self._best[name])
         return call.call.y
 
-    def _call(self, name: str, weight: Weight, x: Tensor, residual: Tensor) -> W4Call:
+    def _call(self, name: str, weight: Weight, x: Tensor, residual: Tensor) -> CodedCall:
         epilogue = {"qkv": "rotary", "gate_up": "gated"}.get(name, "add")
         return weight.coded(self._around.call(epilogue, x, weight.packed, residual), self._rounds)
 
