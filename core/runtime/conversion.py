@@ -28,6 +28,7 @@ from plexor.extension.catalog import Catalog
 from plexor.extension.specs import Precision, Target
 from plexor.kernels.table import resolve
 from plexor.model.decoder import Decoder, DecoderLayer
+from plexor.model.dense import DenseFormat
 from plexor.model.format import LinearFormat
 from plexor.model.norm import RMSNorm
 from plexor.model.unfilled import Unfilled, filled
@@ -39,6 +40,10 @@ WEIGHT_SUFFIXES: Final = frozenset(
     {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".h5", ".msgpack", ".onnx"}
 )
 """Of files that hold weights, which are not copied; nor are their indices."""
+
+STEPWISE: Final = ("linear", "grouped_linear", *DenseFormat.fused.values())
+"""Ops that calibration takes as they are defined: the inputs of each product can be read and are not narrowed to tensor
+cores, and no provider keeps a copy of a weight in a layout of its own, since layers come and go."""
 
 Progress = Callable[[int, int], None]
 """(layers done, layers in all)"""
@@ -155,8 +160,7 @@ def _build(conversion: Conversion, catalog: Catalog) -> BuiltModel:
     """The dense model without its weights: in the dtype that is to run or, for calibration, in float32."""
     device = choose_device(conversion.device)
     dtype = conversion.run_dtype if conversion.text is None else torch.float32
-    # A CPU's own product keeps a second copy of each weight that it has seen, and here layers come and go.
-    table = catalog.kernel_table({"linear": "reference"} if device.type == "cpu" else None)
+    table = catalog.kernel_table(dict.fromkeys(STEPWISE, "reference"))
     with Unfilled() as unfilled:
         built = build_model(conversion.folder, catalog, table, Placement(device, dtype))
     unfilled.leave_unfilled(built.module)

@@ -125,7 +125,7 @@ def test_a_calibrated_checkpoint_runs_as_the_calibrated_model(
     """Layer by layer from disk as in one piece in memory: the same codes, scales, gains and logits."""
     out = quantize(checkpoints[name], tmp_path / "out", precision, "--calibrate", str(text), "--window", "30")
     found = load_model(out, CATALOG, precision=precision, dtype=torch.bfloat16)
-    dense = load_model(checkpoints[name], CATALOG, kernels={"linear": "reference"})
+    dense = load_model(checkpoints[name], CATALOG, kernels=dict.fromkeys(("linear", "grouped_linear"), "reference"))
     token_ids = transformers.AutoTokenizer.from_pretrained(out).encode(TEXT, add_special_tokens=False)
     kept = calibrate(dense.module, dense.build, token_ids, 30, find_scheme(precision), gain_dtype=torch.bfloat16)
     expected = load_model(checkpoints[name], CATALOG, precision=precision, dtype=torch.bfloat16)
