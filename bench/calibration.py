@@ -16,11 +16,12 @@ import random
 import sys
 import sysconfig
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from plexor.api import Catalog, GroupedLinear, Linear, RMSNorm
@@ -46,7 +47,7 @@ def main() -> None:
     arguments = _arguments()
     catalog = Catalog.load()
     text = arguments.text.read_text(encoding="utf-8")[: arguments.characters]
-    source = arguments.calibrate.read_text(encoding="utf-8") if arguments.calibrate else _standard_library()
+    source = arguments.calibrate.read_text(encoding="utf-8") if arguments.calibrate else standard_library()
     rows = [("dense", _score(arguments, catalog, text, "dense"), 0.0)]
     scheme = find_scheme(arguments.precision)
     plain = replace(scheme, factors=None)
@@ -76,7 +77,7 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _standard_library() -> str:
+def standard_library() -> str:
     """Excerpts of the standard library's sources that the demo's training may have seen, drawn with a fixed seed."""
     sys.path.insert(0, str(DEMO_TRAINING))
     from corpus import stdlib_documents
@@ -102,7 +103,7 @@ def _score(
     built = load_model(path, catalog, precision=precision, dtype=DTYPE)
     if scheme is not None:
         tokens = encode(source, add_special_tokens=False)[: arguments.window * arguments.windows]
-        _fill(built.module, path, catalog, tokens, arguments.window, scheme)
+        fill(built.module, path, catalog, tokens, arguments.window, scheme)
     token_ids = encode(text, add_special_tokens=False)
     total = 0.0
     # Neighbours share one token, as in `plexor eval`.
@@ -113,17 +114,22 @@ def _score(
     return math.exp(total / (len(token_ids) - 1))
 
 
-def _fill(target: nn.Module, path: Path, catalog: Catalog, tokens: list[int], window: int, scheme: Scheme) -> None:
+def fill(target: nn.Module, path: Path, catalog: Catalog, tokens: list[int], window: int, scheme: Scheme) -> None:
     """Calibrate the checkpoint in float32 and put what comes out into the target's layers and norms."""
     built = load_model(path, catalog)
     kept = calibrate(built.module, built.build, tokens, window, scheme, gain_dtype=DTYPE)
+    put(target, built.module, kept)
+
+
+def put(target: nn.Module, calibrated: nn.Module, kept: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Give a model what calibration keeps of the layers, by name, and the gains of the model that it changed."""
     modules = dict(target.named_modules())
     for name, stored in kept.items():
         linear = modules[name]
         assert isinstance(linear, Linear | GroupedLinear)
         for key, tensor in stored.items():
             linear.stored[key].copy_(tensor)
-    for name, module in built.module.named_modules():
+    for name, module in calibrated.named_modules():
         if isinstance(module, RMSNorm):
             norm = modules[name]
             assert isinstance(norm, RMSNorm)
