@@ -16,8 +16,8 @@
 // each copies a slice of it to all of them, and a stage is free when the consumers of the whole team have read it. The
 // teams take a part of k each, and each finishes a part of the tile.
 //
-// The compiler is given: TOKENS (64, 128, 256), X_ROWS (of them that are copied), OUTPUTS, PIECE (weight rows of a copy),
-// SPLIT, SHARE, SUM (the type of a sum), MULTIPLY(sums, a, b, adds) (64 tokens and COLUMNS weight rows over 32 bytes of
+// The compiler is given: THREADS (320, or 384 where those who multiply need more registers than an even share), TOKENS
+// (64, 128, 256), X_ROWS (of them that are copied), OUTPUTS, PIECE (weight rows of a copy), SPLIT, SHARE, SUM (the type of a sum), MULTIPLY(sums, a, b, adds) (64 tokens and COLUMNS weight rows over 32 bytes of
 // k), SCALED, HALF, EPILOGUE and NARROW.
 
 constexpr int CONSUMERS = 256;
@@ -250,7 +250,7 @@ __device__ __forceinline__ void store_unit(
   }
 }
 
-extern "C" __global__ void __launch_bounds__(CONSUMERS + 64, 1) tiled_linear(
+extern "C" __global__ void __launch_bounds__(THREADS, 1) tiled_linear(
     const __grid_constant__ TensorMap weight_map, const __grid_constant__ TensorMap x_map,
     const __grid_constant__ Arguments a, const __grid_constant__ Scales scales) {
   extern __shared__ __align__(1024) char ring[];
@@ -280,10 +280,11 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 64, 1) tiled_linear(
     tile = in_band / width * SHARE + member;
     token = (band * BAND + in_band % width) * TOKENS;
   };
-  int stage = 0;
-  u32 phase = 0;
-  if (warp == CONSUMERS / 32) {
-    if (lane == 0) {
+  if (warp >= CONSUMERS / 32) {
+    if (THREADS == 384) asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");  // for those who multiply
+    int stage = 0;
+    u32 phase = 0;
+    if (warp == CONSUMERS / 32 && lane == 0) {
       const u64 keep = num_bands > 1 ? EVICT_NORMAL : EVICT_FIRST;
       for (int item = first_item; item < num_items; item += item_step) {
         int tile, token;
@@ -302,24 +303,30 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 64, 1) tiled_linear(
         }
       }
     }
-  } else if (warp == CONSUMERS / 32 + 1) {
-    wait_for_previous_kernel();
-    if (lane == 0) {
-      asm volatile("fence.proxy.async;" ::: "memory");
-      for (int item = first_item; item < num_items; item += item_step) {
-        int tile, token;
-        tile_of(item, tile, token);
-        for (int box = first_box; box < end_box; box++) {
-          barrier_wait(empty + 8 * stage, phase ^ 1);
-          barrier_expect(full + 8 * stage, X_ROWS * 128);
-          const u32 target = base + stage * STAGE_BYTES + member * SLICE * 128;
-          copy_x(target, &x_map, box, token + member * SLICE, full + 8 * stage, ((1u << SHARE) - 1) << team_rank);
-          if (++stage == a.stages) stage = 0, phase ^= 1;
+    if (warp == CONSUMERS / 32 + 1) {
+      wait_for_previous_kernel();
+      if (lane == 0) {
+        asm volatile("fence.proxy.async;" ::: "memory");
+        for (int item = first_item; item < num_items; item += item_step) {
+          int tile, token;
+          tile_of(item, tile, token);
+          for (int box = first_box; box < end_box; box++) {
+            barrier_wait(empty + 8 * stage, phase ^ 1);
+            barrier_expect(full + 8 * stage, X_ROWS * 128);
+            const u32 target = base + stage * STAGE_BYTES + member * SLICE * 128;
+            copy_x(target, &x_map, box, token + member * SLICE, full + 8 * stage, ((1u << SHARE) - 1) << team_rank);
+            if (++stage == a.stages) stage = 0, phase ^= 1;
+          }
         }
       }
     }
+    __syncwarp();
+    if (SPLIT > 1) cluster_barrier();
+    if (CLUSTER > 1) cluster_barrier();
+    return;
   }
-  __syncwarp();
+  if (THREADS == 384) asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
+  wait_for_previous_kernel();
   SUM sums[STRIPES * COLUMNS / 2];
   const int group = warp / 4;
   const int left_offset = TOKENS == 64 ? 0 : group * STRIPES * 64 * 128;
@@ -352,8 +359,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 64, 1) tiled_linear(
     release(empty + 8 * last_stage, team_rank, threadIdx.x % 128 == 0);
   };
 #if SPLIT == 1
-  if (warp < CONSUMERS / 32) wait_for_previous_kernel();
-  for (int item = first_item; item < num_items && warp < CONSUMERS / 32; item += item_step) {
+  for (int item = first_item; item < num_items; item += item_step) {
     multiply_tile();
     int tile, tile_token;
     tile_of(item, tile, tile_token);
@@ -379,22 +385,18 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 64, 1) tiled_linear(
     }
   }
 #else
-  if (warp < CONSUMERS / 32) {
-    wait_for_previous_kernel();
-    multiply_tile();
-    // The ring is drained: its memory holds each thread's sums for the other teams of the cluster.
-    asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");
+  multiply_tile();
+  // The ring is drained: its memory holds each thread's sums for the other teams of the cluster.
+  asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");
 #pragma unroll
-    for (int i = 0; i < STRIPES * COLUMNS / 2; i += 4) {
-      const SUM four[4] = {sums[i], sums[i + 1], sums[i + 2], sums[i + 3]};
-      *(uint4*)(ring + (i / 4 * CONSUMERS + threadIdx.x) * 16) = *(const uint4*)four;
-    }
+  for (int i = 0; i < STRIPES * COLUMNS / 2; i += 4) {
+    const SUM four[4] = {sums[i], sums[i + 1], sums[i + 2], sums[i + 3]};
+    *(uint4*)(ring + (i / 4 * CONSUMERS + threadIdx.x) * 16) = *(const uint4*)four;
   }
-  __syncwarp();
   cluster_barrier();
   int tile, tile_token;
   tile_of(first_item, tile, tile_token);
-  if (warp < CONSUMERS / 32 && tile < num_tiles) {
+  if (tile < num_tiles) {
     const int tile_octet = tile * (OUTPUTS / 16) + own_octet;
     const int end = min(ALL_UNITS, (part + 1) * OWN_UNITS);
     for (int chunk = part * OWN_UNITS; chunk < end; chunk += CHUNK) {
@@ -424,6 +426,5 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 64, 1) tiled_linear(
     }
   }
 #endif
-  __syncwarp();
   if (CLUSTER > 1) cluster_barrier();  // nobody leaves whose memory or barriers others still use
 }

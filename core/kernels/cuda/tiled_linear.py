@@ -19,13 +19,15 @@ from plexor.kernels.cuda.call import BOX, Call, Epilogue, num_multiprocessors
 from plexor.kernels.cuda.program import LINEAR_HEADER, load_program, tensor_map
 
 _SOURCES = (LINEAR_HEADER, Path(__file__).with_name("tiled_linear.cu"))
-_THREADS = 320
 _MOST_STAGES = 16
 # Of the 227 KB that a block may have, its barriers take a part.
 _SHARED_BYTES = 226 * 1024
 _MOST_TOKENS = 256
 _MOST_NUMBERS = 256 * 128
 """Of a tile, kept in registers."""
+
+_MOST_SUMS = 80
+"""Of a thread, for which an even share of the registers is enough."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +85,11 @@ class TiledLinear:
         arguments.num_rows, arguments.num_inputs, arguments.num_outputs = num_rows, num_inputs, num_outputs
         arguments.pair, arguments.stages = pair, stages
         x_rows = 32 if num_rows <= 32 else tokens
+        columns = tile.outputs // 2 if tokens == 64 else tile.outputs
+        sums = columns // 2 if tokens < 256 else columns
+        threads = 320 if sums <= _MOST_SUMS else 384
         defines = {
+            "THREADS": threads,
             "TOKENS": tokens,
             "X_ROWS": x_rows,
             "OUTPUTS": tile.outputs,
@@ -91,14 +97,14 @@ class TiledLinear:
             "SPLIT": tile.split,
             "SHARE": tile.share,
             "SUM": "int" if call.x.dtype == torch.int8 else "float",
-            "MULTIPLY(d, a, b, adds)": instruction(tile.outputs // 2 if tokens == 64 else tile.outputs, call.x.dtype),
+            "MULTIPLY(d, a, b, adds)": instruction(columns, call.x.dtype),
             "SCALED": scales is not None,
             "HALF": call.y.dtype == torch.float16,
             "EPILOGUE": call.epilogue,
             "NARROW": call.narrow,
         }
         cluster = tile.split * tile.share
-        program = load_program(_SOURCES, defines, _THREADS, shared_bytes, cluster)
+        program = load_program(_SOURCES, defines, threads, shared_bytes, cluster)
         x_map = tensor_map(x, (num_inputs, num_rows), (x.stride(0),), (BOX, x_rows // tile.share))
         num_teams = -(-num_outputs // (tile.outputs * tile.share)) * -(-num_rows // tokens)
         if tile.split == 1:
