@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -12,23 +12,31 @@ from torch import Tensor
 from plexor.checkpoint.source import TensorSource, check_finite
 from plexor.errors import CheckpointError
 
+if TYPE_CHECKING:
+    from plexor.model.format import LinearFormat
+
 WHOLE = slice(None)
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """The numbers that a stored weight [rows, columns] was rounded to: (code - zero_point) x scale.
+    """A stored weight [rows, columns] as it was rounded: (number - zero_point) x scale.
 
+    numbers: [rows, columns] in the dtype `codes`, of which they take `bits` bits: int8 with 4 is -8 to 7.
     scale: float32 [rows, groups]; each serves group_size consecutive columns, the last group perhaps fewer.
     zero_point: int32 [rows, groups], None where it is zero everywhere.
-    codes: the dtype of the codes; bits: how many of its bits they take, int8 with 4 being -8 to 7.
+    order: int64 [columns], every column once; the groups are then of consecutive columns of numbers[:, order].
+    factor: float32 [columns], by which the whole is multiplied, or the inputs of the layer instead.
     """
 
+    numbers: Tensor
     scale: Tensor
     zero_point: Tensor | None
     group_size: int
     codes: torch.dtype
     bits: int
+    order: Tensor | None = None
+    factor: Tensor | None = None
 
 
 @runtime_checkable
@@ -36,7 +44,16 @@ class GridSource(Protocol):
     """A TensorSource that knows which grid some of its tensors were rounded to."""
 
     def grid(self, name: str, index: tuple[slice, ...] = ()) -> Grid | None:
-        """The grid of what `read` gives for the same arguments; None where it has none, or the cut parts a group."""
+        """What `read` gives for the same arguments, as stored; None where it is not rounded, or a cut parts a group."""
+        ...
+
+
+@runtime_checkable
+class FormatSource(Protocol):
+    """A GridSource that also knows which number formats keep a weight as it is stored, before any of it is read."""
+
+    def formats(self, name: str, index: tuple[slice, ...] = ()) -> tuple[LinearFormat, ...]:
+        """Those that take the grid of this cut, the nearest to the checkpoint first; none where it is to be dense."""
         ...
 
 
@@ -51,8 +68,12 @@ class TensorView(ABC):
         """The part of the tensor at these slices (stop and start set, step 1), on whichever device the view has it."""
 
     def grid(self, *index: slice) -> Grid | None:
-        """The grid of that part; None where none is known, or its rows and columns are no longer those of the codes."""
+        """That part as it is stored; None where it is not rounded, or its rows and columns are no longer as stored."""
         return None
+
+    def formats(self, *index: slice) -> tuple[LinearFormat, ...]:
+        """The number formats that keep that part as it is stored, the nearest first; none where it is to be dense."""
+        return ()
 
     def read_as(self, dtype: torch.dtype, *index: slice) -> Tensor:
         """As `read`, in another floating dtype; CheckpointError if a value is beyond its range."""
@@ -90,7 +111,13 @@ class SourceView(TensorView):
         return tensor
 
     def grid(self, *index: slice) -> Grid | None:
-        return self._source.grid(self._info.name, index) if isinstance(self._source, GridSource) else None
+        grid = self._source.grid(self._info.name, index) if isinstance(self._source, GridSource) else None
+        if grid is not None:
+            check_finite(grid.numbers, self._info)
+        return grid
+
+    def formats(self, *index: slice) -> tuple[LinearFormat, ...]:
+        return self._source.formats(self._info.name, index) if isinstance(self._source, FormatSource) else ()
 
 
 class _Transposed(TensorView):
@@ -124,6 +151,10 @@ class _Rows(TensorView):
         rows, *rest = _full(index, len(self.shape))
         return self._base.grid(self._moved(rows), *rest)
 
+    def formats(self, *index: slice) -> tuple[LinearFormat, ...]:
+        rows, *rest = _full(index, len(self.shape))
+        return self._base.formats(self._moved(rows), *rest)
+
     def _moved(self, rows: slice) -> slice:
         start, stop, _ = rows.indices(self.shape[0])
         return slice(self._start + start, self._start + stop)
@@ -143,11 +174,34 @@ class _Interleaved(TensorView):
 
     def read(self, *index: slice) -> Tensor:
         rows, *rest = _full(index, len(self.shape))
+        return self._own(self._base.read(self._around(rows), *rest), rows)
+
+    def grid(self, *index: slice) -> Grid | None:
+        rows, *rest = _full(index, len(self.shape))
+        grid = self._base.grid(self._around(rows), *rest)
+        if grid is None:
+            return None
+        numbers, scale = self._own(grid.numbers, rows), self._own(grid.scale, rows)
+        zero_point = None if grid.zero_point is None else self._own(grid.zero_point, rows)
+        return replace(grid, numbers=numbers, scale=scale, zero_point=zero_point)
+
+    def formats(self, *index: slice) -> tuple[LinearFormat, ...]:
+        """Those of a single row: a part's rows are no neighbours, so blocks of rows are not kept."""
+        _, *rest = _full(index, len(self.shape))
+        return self._base.formats(slice(0, 1), *rest)
+
+    def _around(self, rows: slice) -> slice:
+        """The units of fused rows that hold these."""
         start, stop, _ = rows.indices(self.shape[0])
-        assert start % self._unit == stop % self._unit == 0, "interleaved parts are cut between units"
-        tensor = self._base.read(slice(start * self._of, stop * self._of), *rest)
-        units = tensor.reshape((stop - start) // self._unit, self._of, self._unit, *tensor.shape[1:])
-        return units[:, self._index].flatten(0, 1)
+        unit = self._of * self._unit
+        return slice(start // self._unit * unit, -(-stop // self._unit) * unit)
+
+    def _own(self, fused: Tensor, rows: slice) -> Tensor:
+        """These rows among the units that hold them."""
+        start, stop, _ = rows.indices(self.shape[0])
+        units = fused.unflatten(0, (len(fused) // (self._of * self._unit), self._of, self._unit))
+        own: Tensor = units[:, self._index].flatten(0, 1)[start % self._unit :][: stop - start]
+        return own
 
 
 class GroupView(TensorView):

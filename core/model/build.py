@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Build:
-    """format: of linear layers and expert stacks; dense: the built-in one, for layers that must stay exact."""
+    """format: of linear layers and expert stacks; dense: the built-in one, for layers that must stay exact.
+
+    formats: those of a checkpoint whose layers differ, one for each layer in the order in which they are made.
+    """
 
     catalog: Catalog
     table: KernelTable
@@ -30,6 +33,11 @@ class Build:
     format: LinearFormat
     dense: LinearFormat
     kv_format: KVFormat
+    formats: Iterator[LinearFormat] | None = None
+
+    def next_format(self) -> LinearFormat:
+        """Of the linear layer or expert stack that is being made; asked once for each."""
+        return self.format if self.formats is None else next(self.formats)
 
     def bind(self, op: str, kv_dtype: torch.dtype | None = None, **shape: int) -> Callable[..., Any]:
         """The kernel for an op at these sizes, on this device and in this dtype."""
@@ -47,7 +55,7 @@ class Build:
 
     def exact(self) -> Build:
         """The same build with every linear layer dense, for parts that a number format must not touch."""
-        return replace(self, format=self.dense)
+        return replace(self, format=self.dense, formats=None)
 
 
 def facts(device: torch.device, dtype: torch.dtype, kv_dtype: torch.dtype | None = None, **shape: int) -> Facts:

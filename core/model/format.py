@@ -33,6 +33,7 @@ class Stored:
 
     shape: without the groups axis, which is put in front when groups > 1. out_axis, in_axis: the axis that follows the
     weight's output or input features (parts such as q, k, v lie side by side along out_axis), or None.
+    rows: how many output features each entry along out_axis is for; parts are then whole multiples of it.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Stored:
     dtype: torch.dtype
     out_axis: int | None
     in_axis: int | None
+    rows: int = 1
 
 
 Multiply = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
@@ -81,14 +83,14 @@ class LinearFormat(Protocol):
 
 @runtime_checkable
 class GridFormat(Protocol):
-    """A LinearFormat that can keep the very numbers that a checkpoint stores, where their grid is one of its own."""
+    """A LinearFormat that can keep the very numbers that a checkpoint stores, where its grids can be one of its own."""
 
     def takes(self, grid: Grid) -> bool:
         """Whether `keep` can hold every number of this grid."""
         ...
 
-    def keep(self, weight: Tensor, grid: Grid) -> dict[str, Tensor]:
-        """As `convert`, from float32 numbers [out, in] on a grid which it takes: keeps the stored codes and scales."""
+    def keep(self, grid: Grid) -> dict[str, Tensor]:
+        """As `convert`, from a weight [out, in] whose grid it takes: keeps the stored numbers and scales."""
         ...
 
 

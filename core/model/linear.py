@@ -19,6 +19,12 @@ Cut = Literal["out", "in", "none"]
 """Which features the ranks share out: "out" (column parallel), "in" (row parallel), "none" (each holds all)."""
 
 
+AT_ONCE = 1 << 23
+"""Numbers of a weight that are converted together; formats take some times their four bytes in float32 on the way."""
+
+LEAST_ROWS = 128
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """Output features that come from one source (q, k, v; gate, up), in units that stay whole when cut.
@@ -42,6 +48,11 @@ class Part:
         share = build.mesh.share_or_replicate if self.replicate else build.mesh.share
         units = share(self.num_units, self.what)
         return range(units.start * self.unit_size, units.stop * self.unit_size)
+
+
+def rows_at_once(in_features: int) -> int:
+    """How many rows of a weight are converted together: a power of two, so that none of a format's blocks is parted."""
+    return 1 << max(LEAST_ROWS, AT_ONCE // max(in_features, 1)).bit_length() - 1
 
 
 class LinearWeight(nn.Module):
@@ -83,17 +94,23 @@ class LinearWeight(nn.Module):
             )
         else:
             self.bias: Tensor | None = None
+        self._shared: dict[tuple[str, int], Tensor] = {}
         self.stored: dict[str, Tensor] = {stored.name: getattr(self, stored.name) for stored in self._storage}
 
     @property
     def format(self) -> LinearFormat:
-        """What keeps the weight: the build's own format, or the dense one of a layer that must stay exact."""
+        """What keeps the weight: the build's format for it, or the dense one of a layer that must stay exact."""
         return self._format
 
     def pieces(self) -> set[tuple[int, int, str]]:
         """(part, group, suffix) of every tensor that a checkpoint must bring."""
         suffixes = ("weight",) if self.bias is None else ("weight", "bias")
         return {(p, g, s) for p in range(len(self.parts)) for g in range(self.groups) for s in suffixes}
+
+    def stored_formats(self, piece: tuple[int, int, str], view: TensorView) -> tuple[LinearFormat, ...]:
+        """Those that keep this rank's share of a weight as the checkpoint stores it; see TensorView.formats."""
+        rows, columns = self._rows[piece[0]], self._columns
+        return view.formats(slice(rows.start, rows.stop), slice(columns.start, columns.stop))
 
     def load_piece(self, piece: tuple[int, int, str], view: TensorView) -> None:
         """Read this rank's share of one dense tensor, convert it, and put it in its place."""
@@ -103,19 +120,41 @@ class LinearWeight(nn.Module):
             return
         view.expect((self.parts[part].size, self.in_features))
         rows, columns = self._rows[part], self._columns
-        device = self.stored[self._storage[0].name].device
         where = slice(rows.start, rows.stop), slice(columns.start, columns.stop)
-        kept = self._format.load(self._converted(view, where, device))
         offset = sum(len(rows) for rows in self._rows[:part])
-        for stored in self._storage:
-            self._place(self.stored[stored.name], kept[stored.name], group, stored.out_axis, offset)
+        grid = view.grid(*where) if isinstance(self._format, GridFormat) else None
+        if grid is not None and isinstance(self._format, GridFormat) and self._format.takes(grid):
+            self._keep(self._format.keep(grid), view, group, offset)
+            return
+        self._convert(view, where, group, offset)
 
-    def _converted(self, view: TensorView, where: tuple[slice, slice], device: torch.device) -> dict[str, Tensor]:
-        if isinstance(self._format, GridFormat):
-            grid = view.grid(*where)
-            if grid is not None and self._format.takes(grid):
-                return self._format.keep(view.read(*where).to(device), grid)
-        return self._format.convert(view.read_as(self._dtype, *where).to(device))
+    def _convert(self, view: TensorView, where: tuple[slice, slice], group: int, offset: int) -> None:
+        """Read and convert some rows at a time: what that takes on the way does not grow with the weight."""
+        device = self.stored[self._storage[0].name].device
+        rows, columns = where
+        step = rows_at_once(len(self._columns))
+        for start in range(rows.start, rows.stop, step):
+            part = slice(start, min(start + step, rows.stop))
+            weight = view.read_as(self._dtype, part, columns).to(device)
+            self._keep(self._format.convert(weight), view, group, offset + start - rows.start)
+
+    def _keep(self, converted: dict[str, Tensor], view: TensorView, group: int, offset: int) -> None:
+        """Put what a format made of some rows of a tensor, the first at `offset`, in its place."""
+        kept = self._format.load(converted)
+        for stored in self._storage:
+            value = kept[stored.name]
+            if stored.out_axis is None:
+                self._check_shared(stored.name, value, view, group)
+            self._place(self.stored[stored.name], value, group, stored.out_axis, offset // stored.rows)
+
+    def _check_shared(self, name: str, value: Tensor, view: TensorView, group: int) -> None:
+        """CheckpointError if parts that must share a tensor bring different ones."""
+        first = self._shared.setdefault((name, group), value)
+        if not torch.equal(first, value):
+            raise CheckpointError(
+                f"{view.origin} is stored with another {name!r} than a tensor that the model keeps in one layer with "
+                "it, where one serves both: use --precision dense"
+            )
 
     def _load_bias(self, part: int, group: int, view: TensorView) -> None:
         if self.bias is None:
@@ -146,9 +185,9 @@ class Linear(LinearWeight):
         cut: Cut = "none",
         bias: bool = False,
     ) -> None:
-        super().__init__(build, in_features, parts, cut=cut, bias=bias, groups=1, format=build.format)
+        super().__init__(build, in_features, parts, cut=cut, bias=bias, groups=1, format=build.next_format())
         self._mesh = build.mesh
-        self._multiply = build.format.bind(build.table, self.shape, build.dtype, build.device)
+        self._multiply = self.format.bind(build.table, self.shape, build.dtype, build.device)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self._multiply(x, self.stored)
@@ -209,9 +248,9 @@ class GroupedLinear(LinearWeight):
         rows_per_token: int = 1,
         cut: Cut = "none",
     ) -> None:
-        super().__init__(build, in_features, parts, cut=cut, bias=False, groups=groups, format=build.format)
+        super().__init__(build, in_features, parts, cut=cut, bias=False, groups=groups, format=build.next_format())
         self.rows_per_token = rows_per_token
-        self._multiply = build.format.bind_grouped(build.table, self.shape, build.dtype, build.device)
+        self._multiply = self.format.bind_grouped(build.table, self.shape, build.dtype, build.device)
 
     def forward(self, x: Tensor, group_end: Tensor) -> Tensor:
         """group_end [groups] int32: one past the last row of each group."""

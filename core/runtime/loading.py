@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from plexor.checkpoint.folder import ModelFolder
-from plexor.checkpoint.loader import LoadReport, Progress, load_weights
+from plexor.checkpoint.loader import LoadReport, Progress, load_weights, plan_weights
 from plexor.checkpoint.random import draw_weights
 from plexor.checkpoint.source import TensorSource
 from plexor.config import EngineConfig
@@ -23,7 +23,9 @@ from plexor.extension.specs import Architecture, StoredWeights
 from plexor.kernels.table import KernelTable, resolve
 from plexor.model.build import Build
 from plexor.model.decoder import Model, ModelConfig
+from plexor.model.dense import DenseFormat
 from plexor.model.format import LinearFormat
+from plexor.model.linear import LinearWeight
 from plexor.parallel.mesh import Mesh
 
 READERS = 8
@@ -97,15 +99,72 @@ def plan_model(config: EngineConfig, catalog: Catalog, table: KernelTable, folde
     from torch._subclasses.fake_tensor import FakeTensorMode  # imports torch's compiler, which takes a second or two
 
     placement = choose_placement(config, catalog, folder, Mesh(0, config.tensor_parallel))
+    formats = stored_formats(folder, catalog, placement)
     with FakeTensorMode():
-        return build_model(folder, catalog, table, placement)
+        return build_model(folder, catalog, table, placement, formats)
 
 
-def build_model(folder: ModelFolder, catalog: Catalog, table: KernelTable, placement: Placement) -> BuiltModel:
-    """The model that the folder's config.json describes, its tensors allocated and not read."""
+def stored_formats(folder: ModelFolder, catalog: Catalog, placement: Placement) -> tuple[LinearFormat, ...] | None:
+    """The format that keeps each linear layer as the checkpoint stores it, in the order in which layers are made.
+
+    None where all have the placement's precision: the weights are plain, missing, or wanted in another precision than
+    the one that the checkpoint was made for.
+    """
+    layout = find_layout(folder, catalog)
+    if layout is None or placement.precision == "dense":
+        return None
+    if resolve(layout.precision)(folder.quantization) != placement.precision:
+        return None
+    if not any(resolve(spec.detects)(folder.path) for spec in catalog.checkpoint_formats.values()):
+        return None
+    with closing(open_source(folder.path, catalog)) as source:
+        return _formats_of_layers(folder, catalog, placement, _shown(layout, folder, source))
+
+
+def _formats_of_layers(
+    folder: ModelFolder, catalog: Catalog, placement: Placement, source: TensorSource
+) -> tuple[LinearFormat, ...]:
+    """Found with a model of tensors that take no memory, whose layers have each a format of its own to be known by."""
+    made: list[LinearFormat] = []
+    sketch = replace(placement, device=torch.device("meta"), precision="dense")
+    built = build_model(folder, catalog, catalog.kernel_table(), sketch, _each_its_own(made))
+    rules = resolve(built.architecture.weights)(built.config)
+    planned = plan_weights(built.module, rules, source)
+    wanted: dict[int, list[tuple[LinearFormat, ...]]] = {}
+    for placements in planned.placements.values():
+        for one in placements:
+            layer = planned.targets[one.target].module
+            if isinstance(layer, LinearWeight) and one.piece[2] == "weight":
+                wanted.setdefault(id(layer.format), []).append(layer.stored_formats(one.piece, one.view))
+    return tuple(_common(wanted.get(id(own), [])) or own for own in made)
+
+
+def _each_its_own(made: list[LinearFormat]) -> Iterator[LinearFormat]:
+    """Dense formats without end, each also appended to `made`."""
+    while True:
+        made.append(DenseFormat())
+        yield made[-1]
+
+
+def _common(offers: Sequence[tuple[LinearFormat, ...]]) -> LinearFormat | None:
+    """The first format that all of a layer's tensors can be kept in; None where they have none in common."""
+    return next((one for one in offers[0] if all(one in other for other in offers)), None) if offers else None
+
+
+def build_model(
+    folder: ModelFolder,
+    catalog: Catalog,
+    table: KernelTable,
+    placement: Placement,
+    formats: Iterable[LinearFormat] | None = None,
+) -> BuiltModel:
+    """The model that the folder's config.json describes, its tensors allocated and not read.
+
+    formats: as from `stored_formats`; without them every layer has the placement's precision.
+    """
     architecture = catalog.architecture(folder.architecture)
     config: ModelConfig = resolve(architecture.config)(folder.config)
-    build = make_build(catalog, table, placement)
+    build = make_build(catalog, table, placement, formats)
     try:
         with torch.no_grad():
             model: Model = resolve(architecture.model)(config, build)
@@ -125,7 +184,7 @@ def load_model(
     """Build the model and stream this rank's share of the weights into it."""
     layout = find_layout(folder, catalog)
     show = None if layout is None else partial(_shown, layout, folder)
-    built = build_model(folder, catalog, table, placement)
+    built = build_model(folder, catalog, table, placement, stored_formats(folder, catalog, placement))
     rules = resolve(built.architecture.weights)(built.config)
     readers = 1 if placement.device.type == "cpu" else READERS
     with closing(open_source(folder.path, catalog)) as source:
@@ -139,7 +198,7 @@ def draw_model(
     folder: ModelFolder, catalog: Catalog, table: KernelTable, placement: Placement
 ) -> tuple[BuiltModel, LoadReport]:
     """Build the model and fill it with random weights; the folder needs none."""
-    built = build_model(folder, catalog, table, placement)
+    built = build_model(folder, catalog, table, placement, stored_formats(folder, catalog, placement))
     return built, draw_weights(built.module, placement.dtype, placement.device, seed=0)
 
 
@@ -159,17 +218,21 @@ def open_source(path: Path, catalog: Catalog) -> TensorSource:
     return source
 
 
-def make_build(catalog: Catalog, table: KernelTable, placement: Placement) -> Build:
-    """The explicit argument that model code gets."""
+def make_build(
+    catalog: Catalog, table: KernelTable, placement: Placement, formats: Iterable[LinearFormat] | None = None
+) -> Build:
+    """The explicit argument that model code gets; formats, as in `build_model`, take the place of the placement's."""
+    dense = _format(catalog, "dense")
     return Build(
         catalog=catalog,
         table=table,
         mesh=placement.mesh,
         dtype=placement.dtype,
         device=placement.device,
-        format=_format(catalog, placement.precision),
-        dense=_format(catalog, "dense"),
+        format=_format(catalog, placement.precision) if formats is None else dense,
+        dense=dense,
         kv_format=catalog.kv_format(placement.kv),
+        formats=None if formats is None else iter(formats),
     )
 
 

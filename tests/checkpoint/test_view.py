@@ -12,6 +12,8 @@ from torch import Tensor
 
 from plexor.checkpoint.view import Grid, GroupView, Interleaved, Rows, SourceView, Step, TensorView, Transpose
 from plexor.errors import CheckpointError
+from plexor.model.dense import DenseFormat
+from plexor.model.format import LinearFormat
 from plexor.testing.source import FILE, MemorySource
 
 
@@ -117,18 +119,44 @@ def test_values_that_are_not_finite_are_refused_where_they_are_read(bad: float) 
 
 
 class GridOfNumbers(MemorySource):
-    """Tells a grid whose scales are the numbers of the rows that are asked for."""
+    """Tells a grid whose scales are the numbers of the rows that are asked for, in formats named by the cut."""
 
     def grid(self, name: str, index: tuple[slice, ...] = ()) -> Grid | None:
         rows = torch.arange(self.info(name).shape[0])[index[0]]
-        return Grid(rows.float().unsqueeze(1), None, self.info(name).shape[1], torch.int8, 8)
+        numbers = self.read(name, index).to(torch.int8)
+        return Grid(numbers, rows.float().unsqueeze(1), None, self.info(name).shape[1], torch.int8, 8)
+
+    def formats(self, name: str, index: tuple[slice, ...] = ()) -> tuple[LinearFormat, ...]:
+        return (DenseFormat(),) if index[1] == slice(0, 2) else ()
 
 
-def test_a_grid_follows_rows_and_no_step_that_moves_them() -> None:
+def test_a_grid_follows_rows_and_no_step_that_turns_them() -> None:
     base = SourceView(GridOfNumbers({"weight": numbered(12, 4)}), "weight")
     part = Rows(4, 9, 12).apply(base).grid(slice(1, 3), slice(0, 4))
     assert part is not None
     assert part.scale.tolist() == [[5.0], [6.0]]
-    for step in (Transpose(), Interleaved(0, 2, 2)):
-        assert step.apply(base).grid(slice(0, 2), slice(0, 2)) is None
+    assert part.numbers[:, 0].tolist() == [20, 24]
+    assert Transpose().apply(base).grid(slice(0, 2), slice(0, 2)) is None
     assert view_of(numbered(3, 4)).grid(slice(0, 2)) is None
+
+
+@pytest.mark.parametrize("rows", [slice(0, 4), slice(1, 2), slice(1, 4), slice(2, 3)])
+def test_interleaved_rows_and_their_grid_are_cut_anywhere(rows: slice) -> None:
+    """Parts of three rows each alternate in units of two: 0 1 | 2 3 | 4 5 and again."""
+    base = SourceView(GridOfNumbers({"weight": numbered(12, 4)}), "weight")
+    part = Interleaved(1, 3, 2).apply(base)
+    own = [2, 3, 8, 9][rows]
+    assert part.read(rows)[:, 0].tolist() == [4.0 * row for row in own]
+    grid = part.grid(rows, slice(0, 4))
+    assert grid is not None
+    assert grid.scale[:, 0].tolist() == own
+    assert grid.numbers[:, 0].tolist() == [4 * row for row in own]
+
+
+def test_formats_follow_the_columns_that_are_cut() -> None:
+    base = SourceView(GridOfNumbers({"weight": numbered(12, 4)}), "weight")
+    for view in (base, Rows(4, 9, 12).apply(base), Interleaved(0, 2, 2).apply(base)):
+        assert len(view.formats(slice(0, 2), slice(0, 2))) == 1
+        assert view.formats(slice(0, 2), slice(0, 4)) == ()
+    assert Transpose().apply(base).formats(slice(0, 2), slice(0, 2)) == ()
+    assert view_of(numbered(3, 4)).formats(slice(0, 2)) == ()

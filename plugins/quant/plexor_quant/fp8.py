@@ -16,3 +16,13 @@ class Fp8Format(PerChannelFormat):
 
     def __init__(self) -> None:
         super().__init__(torch.float8_e4m3fn, round_e4m3, op="fp8_linear", grouped_op="fp8_grouped_linear")
+
+
+class Fp8StaticFormat(PerChannelFormat):
+    """Keeps what Fp8Format does; all inputs are rounded with one scale, which belongs to the checkpoint.
+
+    input_scale: the number that e4m3's one stands for.
+    """
+
+    def __init__(self, input_scale: float) -> None:
+        super().__init__(torch.float8_e4m3fn, round_e4m3, "fp8_static_linear", "fp8_static_grouped_linear", input_scale)

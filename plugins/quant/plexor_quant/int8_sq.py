@@ -19,3 +19,13 @@ class Int8Format(PerChannelFormat):
 
     def __init__(self) -> None:
         super().__init__(torch.int8, round_int8, op="int8_linear", grouped_op="int8_grouped_linear")
+
+
+class Int8StaticFormat(PerChannelFormat):
+    """Keeps what Int8Format does; all inputs are rounded with one scale, which belongs to the checkpoint.
+
+    input_scale: the number that one stands for.
+    """
+
+    def __init__(self, input_scale: float) -> None:
+        super().__init__(torch.int8, round_int8, "int8_static_linear", "int8_static_grouped_linear", input_scale)

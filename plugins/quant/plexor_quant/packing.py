@@ -65,9 +65,10 @@ def pack(numbers: Tensor) -> Tensor:
 
     byte i:  | feature 2i + 1 | feature 2i |
     """
-    nibbles = (numbers + ZERO).to(torch.uint8)
-    nibbles = functional.pad(nibbles, (0, nibbles.shape[-1] % 2), value=PADDING)
-    return nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
+    packed = (numbers[..., 0::2] + ZERO).view(torch.uint8)
+    high = (numbers[..., 1::2] + ZERO).view(torch.uint8)
+    packed[..., : high.shape[-1]] |= high << 4  # an odd row's last nibble stays PADDING
+    return packed
 
 
 def unpack(packed: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ class PerChannelFormat:
     """Keeps "weight" [out, in] in `dtype` and "scale" float32 [out]; a LinearFormat.
 
     round_rows: x [..., n] -> numbers [..., n] in `dtype`, scale float32 [..., 1]. op and grouped_op take the
-    activations as they are and round them themselves.
+    activations as they are and round them themselves: each token with its own scale or, with input_scale, all with
+    that one, which these ops take behind the weight's.
     """
 
     dtype: torch.dtype
@@ -36,12 +37,11 @@ class PerChannelFormat:
 
     def takes(self, grid: Grid) -> bool:
         """One scale for each row, no zero points, and codes of this very dtype or, for int8, of fewer bits."""
-        return grid.codes == self.dtype and grid.zero_point is None and grid.scale.shape[-1] == 1
+        is_plain = grid.zero_point is None and grid.order is None and grid.factor is None
+        return is_plain and grid.codes == self.dtype and grid.scale.shape[-1] == 1
 
-    def keep(self, weight: Tensor, grid: Grid) -> dict[str, Tensor]:
-        codes = (weight / grid.scale).nan_to_num()  # a scale of zero says that its row is zeros
-        codes = codes if self.dtype.is_floating_point else codes.round()
-        return {"weight": codes.to(self.dtype), "scale": grid.scale.squeeze(-1)}
+    def keep(self, grid: Grid) -> dict[str, Tensor]:
+        return {"weight": grid.numbers, "scale": grid.scale.squeeze(-1)}
 
     def load(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return dict(stored)
@@ -54,7 +54,7 @@ class PerChannelFormat:
         product = table.bind(self.op, facts(device, dtype, None, **sizes))
 
         def multiply(x: Tensor, stored: Mapping[str, Tensor]) -> Tensor:
-            y: Tensor = product(x, stored["weight"], stored["scale"])
+            y: Tensor = product(x, stored["weight"], stored["scale"], *inputs)
             return y
 
         return multiply
@@ -66,7 +66,9 @@ class PerChannelFormat:
         product = table.bind(self.grouped_op, facts(device, dtype, None, **sizes))
 
         def multiply(x: Tensor, stored: Mapping[str, Tensor], group_end: Tensor) -> Tensor:
-            y: Tensor = product(x, stored["weight"], stored["scale"], group_end)
+        inputs = () if self.input_scale is None else (self.input_scale,)
+            y: Tensor = product(x, stored["weight"], stored["scale"], *inputs, group_end)
             return y
 
         return multiply
+        inputs = () if self.input_scale is None else (self.input_scale,)

@@ -25,7 +25,7 @@ class PerGroupFormat:
     group_size: consecutive input features that share a scale, even; a row's last group may be shorter. None: all of a
     row's, that is a scale for each output channel. zero_points: whether there is also "zero" uint8, of scale's shape,
     the nibble from 0 to 15 that means zero. op and grouped_op take the activations as they are, the group size behind
-    the scale, and "zero" or None last.
+    the scale, then input_scale where it is given, the one scale for all inputs, and "zero" or None last.
     """
 
     group_size: int | None
@@ -52,24 +52,23 @@ class PerGroupFormat:
 
     def takes(self, grid: Grid) -> bool:
         """Codes from -8 to 7, without zero points or of a format that has them, whose groups are wholes of these."""
-        if grid.codes != torch.int8 or grid.bits > 4 or (grid.zero_point is not None and not self.zero_points):
+        if grid.codes != torch.int8 or grid.bits > 4 or grid.order is not None or grid.factor is not None:
+            return False
+        if grid.zero_point is not None and not self.zero_points:
             return False
         if self.group_size is None or grid.scale.shape[-1] == 1:
             return grid.scale.shape[-1] == 1
         return grid.group_size % self.group_size == 0
 
-    def keep(self, weight: Tensor, grid: Grid) -> dict[str, Tensor]:
+    def keep(self, grid: Grid) -> dict[str, Tensor]:
         """Codes stay and may be -8 here; scales become bfloat16, which those of float16 or float32 are rounded to."""
-        in_features = weight.shape[-1]
-        codes = (weight / spread(grid.scale, in_features, grid.group_size)).nan_to_num().round()
-        size = self._size(in_features)
-        groups = torch.arange(0, in_features, size, device=weight.device) // grid.group_size
-        kept = {"scale": grid.scale[:, groups].to(torch.bfloat16)}
+        in_features = grid.numbers.shape[-1]
+        groups = torch.arange(0, in_features, self._size(in_features), device=grid.numbers.device) // grid.group_size
+        kept = {"weight": pack(grid.numbers), "scale": grid.scale[:, groups].to(torch.bfloat16)}
         if self.zero_points:
-            zero = torch.zeros_like(grid.scale, dtype=torch.int32) if grid.zero_point is None else grid.zero_point
-            codes += spread(zero, in_features, grid.group_size)
+            zero = torch.zeros_like(grid.scale) if grid.zero_point is None else grid.zero_point
             kept["zero"] = (zero[:, groups] + ZERO).to(torch.uint8)
-        return {"weight": pack(codes.to(torch.int8)), **kept}
+        return kept
 
     def load(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return dict(stored)
@@ -85,7 +84,7 @@ class PerGroupFormat:
         product = table.bind(self.op, facts(device, dtype, None, **sizes))
 
         def multiply(x: Tensor, stored: Mapping[str, Tensor]) -> Tensor:
-            y: Tensor = product(x, stored["weight"], stored["scale"], group_size, stored.get("zero"))
+            y: Tensor = product(x, stored["weight"], stored["scale"], group_size, *inputs, stored.get("zero"))
             return y
 
         return multiply
@@ -96,10 +95,13 @@ class PerGroupFormat:
         group_size = self._size(shape.in_features)
         sizes = {"out_features": shape.out_features, "in_features": shape.in_features, "groups": shape.groups}
         sizes |= self._facts(group_size)
+        inputs = () if self.input_scale is None else (self.input_scale,)
         product = table.bind(self.grouped_op, facts(device, dtype, None, **sizes))
 
         def multiply(x: Tensor, stored: Mapping[str, Tensor], group_end: Tensor) -> Tensor:
-            y: Tensor = product(x, stored["weight"], stored["scale"], group_size, group_end, stored.get("zero"))
+            y: Tensor = product(
+                x, stored["weight"], stored["scale"], group_size, *inputs, group_end, stored.get("zero")
+            )
             return y
 
         return multiply
@@ -110,3 +112,4 @@ class PerGroupFormat:
 
     def _size(self, in_features: int) -> int:
         return in_features if self.group_size is None else self.group_size
+        inputs = () if self.input_scale is None else (self.input_scale,)

@@ -21,6 +21,7 @@ _SUMMED: Mapping[str, tuple[float, float]] = {
     "bfloat16": (1.6e-2, 1.6e-2),
 }
 _SPARSE24 = ("sparse24", "sparse24_fp8")
+_STATIC = ("fp8_static", "int8_static", "w4a_fp8_static")
 _WRITTEN = frozenset(
     {"fp8", "int8_sq", "w4a_fp8", "int8_wo", "int4_wo", "int4_wo_g64", "int4_wo_g32", "int4_wo_channel"}
 )
@@ -31,7 +32,7 @@ _ROUNDED: Mapping[str, tuple[float, float]] = {**_SUMMED, "float32": (1e-5, 1e-5
 
 @hookimpl
 def precisions() -> Iterable[Precision]:
-    offered = (
+    offered: tuple[Precision, ...] = (
         Precision(
             name="fp8",
             format="plexor_quant.fp8:Fp8Format",
@@ -74,6 +75,7 @@ def precisions() -> Iterable[Precision]:
         ),
     )
     return tuple(_writable(each) if each.name in _WRITTEN else each for each in offered)
+    offered = (*offered, *_stored_precisions())
 
 
 @hookimpl
@@ -117,7 +119,7 @@ def stored_weights() -> Iterable[StoredWeights]:
 
 @hookimpl
 def ops() -> Iterable[Op]:
-    formats = ("fp8", "int8", "w4a_fp8", "int8_wo", "int4_wo")
+    formats = ("fp8", "int8", "w4a_fp8", "int8_wo", "int4_wo", "fp8_block", *_STATIC)
     products = tuple(_op(f"{name}_{kind}") for kind in ("linear", "grouped_linear") for name in formats)
     return products + _sparse24_ops() + _cache_ops()
 
@@ -155,6 +157,7 @@ def kernels() -> Iterable[Kernel]:
 
 def _writable(precision: Precision) -> Precision:
     """One in which `plexor quantize` writes checkpoints."""
+        *_stored_kernels(),
     return replace(
         precision,
         written=f"plexor_quant.written.compressed_tensors:{precision.name}",
@@ -167,6 +170,37 @@ def _int4_wo(name: str, target: str, scales: str) -> Precision:
         name=name,
         format=f"plexor_quant.int4_wo:{target}",
         summary=f"4-bit weights {scales}, activations in the model's dtype",
+def _stored_precisions() -> tuple[Precision, ...]:
+    """Those that checkpoints come in; of them dense weights are only rounded to fp8_block."""
+    inputs = "one scale for all inputs of a layer, which the checkpoint brings"
+    return (
+        Precision(
+            name="fp8_block",
+            format="plexor_quant.fp8_block:Fp8BlockFormat",
+            summary="e4m3 weights in blocks of 128 x 128 with a scale each, e4m3 activations in groups of 128",
+            needs="runs anywhere; half of bfloat16's memory, not yet faster than it",
+        ),
+        Precision(
+            name="fp8_static",
+            format="plexor_quant.stored.scheme:static_fp8",
+            summary=f"e4m3 weights as in fp8, e4m3 activations with {inputs}",
+            needs="fast with bfloat16 activations from compute capability 8.9 on; elsewhere the exact reference runs",
+        ),
+        Precision(
+            name="int8_sq_static",
+            format="plexor_quant.stored.scheme:static_int8",
+            summary=f"int8 weights as in int8_sq, int8 activations with {inputs}",
+            needs="fast from compute capability 8.0 on for sizes in multiples of 8; elsewhere slow but exact",
+        ),
+        Precision(
+            name="w4a_fp8_static",
+            format="plexor_quant.stored.scheme:static_w4a_fp8",
+            summary=f"4-bit weights as in w4a_fp8, e4m3 activations with {inputs}",
+            needs="runs anywhere; a quarter of bfloat16's memory, not yet faster than it",
+        ),
+    )
+
+
         needs="runs anywhere; a quarter of bfloat16's memory, not yet faster than it",
     )
 
@@ -216,6 +250,28 @@ def _on_cpu(op: str) -> Kernel:
 
 
 def _cache_ops() -> tuple[Op, ...]:
+def _stored_kernels() -> tuple[Kernel, ...]:
+    """Those of what only checkpoints have: one scale for all inputs, and e4m3 weights in blocks."""
+    return (
+        _kernel("fp8_static_linear", _CUDA, _BFLOAT16, capability=(8, 9), multiple=16),
+        Kernel(
+            op="fp8_static_grouped_linear",
+            provider="torch",
+            load="plexor_quant.kernels.torch.fp8_static_grouped_linear:fp8_static_grouped_linear",
+            devices=_CUDA,
+            dtypes=_BFLOAT16,
+            capability=(9, 0),
+            refuses=_refuses_scaled_grouped,
+        ),
+        _kernel("int8_static_linear", _CUDA, _FLOATS, capability=(8, 0), multiple=8),
+        _kernel("int8_static_grouped_linear", _CUDA, _BFLOAT16, capability=(8, 0), multiple=8),
+        _kernel("w4a_fp8_static_linear", _CUDA, _BFLOAT16, capability=(8, 0), multiple=1),
+        _kernel("w4a_fp8_static_grouped_linear", _CUDA, _BFLOAT16, capability=(8, 0), multiple=8),
+        _kernel("fp8_block_linear", _CUDA, _BFLOAT16, capability=(8, 9), multiple=1),
+        _kernel("fp8_block_grouped_linear", _CUDA, _BFLOAT16, capability=(8, 9), multiple=8),
+    )
+
+
     """What stores in and reads from a cache of int8 with scales."""
     tolerances = {
         "int8_kv_write": _COPIED,

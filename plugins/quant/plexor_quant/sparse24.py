@@ -76,13 +76,13 @@ class Sparse24Fp8Format:
 
     def takes(self, grid: Grid) -> bool:
         """e4m3 codes with one scale for each row."""
-        return grid.codes == torch.float8_e4m3fn and grid.zero_point is None and grid.scale.shape[-1] == 1
+        is_plain = grid.zero_point is None and grid.order is None and grid.factor is None
+        return is_plain and grid.codes == torch.float8_e4m3fn and grid.scale.shape[-1] == 1
 
-    def keep(self, weight: Tensor, grid: Grid) -> dict[str, Tensor]:
+    def keep(self, grid: Grid) -> dict[str, Tensor]:
         """ConfigError for a weight that is not 2:4."""
-        kept, index = compress(weight)
-        codes = (kept / grid.scale).nan_to_num()  # a scale of zero says that its row is zeros
-        return {"weight": codes.to(torch.float8_e4m3fn), "scale": grid.scale.squeeze(-1), "index": index}
+        kept, index = compress(grid.numbers.float())
+        return {"weight": kept.to(torch.float8_e4m3fn), "scale": grid.scale.squeeze(-1), "index": index}
 
     def load(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return dict(stored)

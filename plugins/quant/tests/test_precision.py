@@ -9,17 +9,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from plexor.api import KernelTable, LinearFormat, LinearShape, resolve
+from plexor.api import ConfigError, KernelTable, LinearFormat, LinearShape, resolve
 from plexor.testing.precision import Grid, check_precision
 from plexor_quant import plugin
-from plexor_quant.fp8 import Fp8Format
+from plexor_quant.fp8 import Fp8Format, Fp8StaticFormat
+from plexor_quant.fp8_block import Fp8BlockFormat
+from plexor_quant.inputs import InputsFormat
 from plexor_quant.int4_wo import Int4WeightFormat
-from plexor_quant.int8_sq import Int8Format
+from plexor_quant.int8_sq import Int8Format, Int8StaticFormat
 from plexor_quant.int8_wo import Int8WeightFormat
 from plexor_quant.packing import pack, unpack
 from plexor_quant.per_group import PerGroupFormat
 from plexor_quant.rounding import round_e4m3, round_int8, to_e4m3
-from plexor_quant.w4a_fp8 import W4AFp8Format
+from plexor_quant.w4a_fp8 import W4AFp8Format, W4AFp8StaticFormat
 
 TINY = torch.finfo(torch.float32).tiny
 
@@ -82,6 +84,39 @@ FORMATS: list[tuple[LinearFormat, Grid]] = [
 IDS = ["fp8", "int8_sq", "w4a_fp8", "int8_wo", "int4_wo", "int4_wo_g64", "int4_wo_g32", "int4_wo_channel"]
 
 
+def fixed_e4m3(x: Tensor) -> Tensor:
+    """x after it is rounded to e4m3's numbers times INPUT_SCALE."""
+    ratio = (x.float() / INPUT_SCALE).double()
+    spacing = e4m3_spacing(ratio)
+    return ((ratio / spacing).round() * spacing).clamp(-448, 448).float() * INPUT_SCALE
+
+
+def fixed_int8(x: Tensor) -> Tensor:
+    return (x.float() / INPUT_SCALE).round().clamp(-128, 127) * INPUT_SCALE
+
+
+def block_step(weight: Tensor, stored: Mapping[str, Tensor]) -> Tensor:
+    rows = torch.arange(weight.shape[-2])
+    scale = stored["scale"].double()[..., rows, :][..., torch.arange(weight.shape[-1]) // 128]
+    return e4m3_spacing(weight.double() / scale) * scale
+
+
+def e4m3_rounded_in_groups(x: Tensor) -> Tensor:
+    return torch.cat([e4m3_rounded(part) for part in x.split(128, dim=1)], dim=1)
+
+
+INPUT_SCALE = 0.03
+STORED: dict[str, tuple[LinearFormat, Grid]] = {
+    "fp8_static": (Fp8StaticFormat(INPUT_SCALE), Grid(step=fp8_step, rounded=fixed_e4m3)),
+    "int8_static": (Int8StaticFormat(INPUT_SCALE), Grid(step=int8_step, rounded=fixed_int8)),
+    "w4a_fp8_static": (W4AFp8StaticFormat(128, False, INPUT_SCALE), Grid(step=int4_step, rounded=fixed_e4m3)),
+    "w4a_fp8_static zero": (W4AFp8StaticFormat(128, True, INPUT_SCALE), Grid(step=int4_step, rounded=fixed_e4m3)),
+    "fp8_block": (Fp8BlockFormat(1, 128), Grid(step=block_step, rounded=e4m3_rounded_in_groups)),
+    "ordered": (InputsFormat(Int4WeightFormat(128), ordered=True), int4_wo_grid(128)),
+    "factored": (InputsFormat(W4AFp8Format(128, True), factored=True), INT4),
+}
+"""Those that only checkpoints ask for."""
+
 ZERO_POINTS: list[tuple[LinearFormat, Grid]] = [
     (W4AFp8Format(128, zero_points=True), INT4),
     (Int4WeightFormat(128, zero_points=True), int4_wo_grid(128)),
@@ -97,8 +132,8 @@ def table() -> KernelTable:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     ("number_format", "grid"),
-    [*FORMATS, *ZERO_POINTS],
-    ids=[*IDS, "w4a_fp8 zero", "int4_wo zero", "g32 zero", "channel zero"],
+    [*FORMATS, *ZERO_POINTS, *STORED.values()],
+    ids=[*IDS, "w4a_fp8 zero", "int4_wo zero", "g32 zero", "channel zero", *STORED],
 )
 def test_contract(number_format: LinearFormat, grid: Grid, dtype: torch.dtype) -> None:
     check_precision(number_format, table=table(), grid=grid, dtype=dtype)
@@ -119,10 +154,66 @@ def test_four_bits_in_other_groups(group_size: int) -> None:
 
 
 def test_precisions_name_their_formats() -> None:
-    rounding = [precision for precision in plugin.precisions() if not precision.name.startswith("sparse24")]
-    for precision, (number_format, _), name in zip(rounding, FORMATS, IDS, strict=True):
-        assert resolve(precision.format)() == number_format
-        assert precision.name == name
+    named = {precision.name: precision.format for precision in plugin.precisions()}
+    for name, (number_format, _) in zip(IDS, FORMATS, strict=True):
+        assert resolve(named[name])() == number_format
+    assert resolve(named["fp8_block"])() == Fp8BlockFormat(128, 128)
+
+
+@pytest.mark.parametrize(("name", "instead"), [("fp8_static", "fp8"), ("int8_sq_static", "int8_sq")])
+def test_scales_of_inputs_are_asked_of_the_checkpoint(name: str, instead: str) -> None:
+    named = {precision.name: precision.format for precision in plugin.precisions()}
+    with pytest.raises(ConfigError, match=f"{name!r}.* use --precision {instead}"):
+        resolve(named[name])()
+
+
+@pytest.mark.parametrize("rows", [2, 128])
+def test_blocks_of_rows(rows: int) -> None:
+    """Their parts are whole multiples of a block, unlike those of check_precision."""
+    generator = torch.Generator().manual_seed(rows)
+    weight = torch.randn(3 * rows, 300, generator=generator)
+    weight[:rows, :128] = 0
+    number_format = Fp8BlockFormat(rows, 128)
+    stored = number_format.convert(weight)
+    assert stored["scale"].shape == (3, 3)
+    wide = stored["scale"].repeat_interleave(rows, 0).repeat_interleave(128, 1)[:, :300]
+    error = (number_format.dense(stored) - weight).abs()
+    assert (error <= e4m3_spacing(weight / wide) * wide / 2 * (1 + 1e-6)).all()
+    largest = weight.unflatten(0, (3, rows))[:, :, 256:].abs().amax(dim=(1, 2)) / 448
+    torch.testing.assert_close(stored["scale"][:, 2], largest)
+    parts = [number_format.convert(part) for part in weight.split((rows, 2 * rows))]
+    assert torch.equal(torch.cat([part["scale"] for part in parts]), stored["scale"])
+    x = torch.randn(5, 300, generator=generator)
+    multiply = number_format.bind(table(), LinearShape(3 * rows, 300), torch.float32, torch.device("cpu"))
+    expected = e4m3_rounded_in_groups(x).double() @ number_format.dense(stored).double().T
+    torch.testing.assert_close(multiply(x, stored).double(), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_inputs_are_ordered_and_multiplied(groups: int) -> None:
+    """A stack's members each have an order of their own."""
+    generator = torch.Generator().manual_seed(groups)
+    base = Int4WeightFormat(32, zero_points=True)
+    number_format = InputsFormat(base, ordered=True, factored=True)
+    order = torch.stack([torch.randperm(70, generator=generator) for _ in range(groups)])
+    factor = torch.rand(groups, 70, generator=generator) + 0.5
+    weight = torch.randn(groups, 9, 70, generator=generator)
+    stored = base.convert(weight) | {"order": order.int(), "factor": factor}
+    meant = torch.empty_like(weight).scatter_(2, order.unsqueeze(1).expand_as(weight), base.dense(stored))
+    meant *= factor.unsqueeze(1)
+    torch.testing.assert_close(number_format.dense(stored), meant)
+    x = torch.randn(8, 70, generator=generator)
+    cpu = torch.device("cpu")
+    if groups == 1:
+        single = {name: tensor[0] for name, tensor in stored.items()}
+        multiply = number_format.bind(table(), LinearShape(9, 70), torch.float32, cpu)
+        torch.testing.assert_close(multiply(x, single), x @ meant[0].T, rtol=1e-4, atol=1e-4)
+        return
+    stacked = number_format.bind_grouped(table(), LinearShape(9, 70, groups), torch.float32, cpu)
+    ends = [2, 2, 7]
+    y = stacked(x, stored, torch.tensor(ends, dtype=torch.int32))
+    expected = torch.cat([x[:2] @ meant[0].T, x[2:7] @ meant[2].T, torch.zeros(1, 9)])
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

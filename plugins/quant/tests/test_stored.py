@@ -18,12 +18,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from plexor import Engine, EngineConfig, SamplingParams
-from plexor.api import Catalog, CheckpointError, GroupedLinear, Linear
+from plexor.api import Catalog, CheckpointError, DenseFormat, GroupedLinear, Linear
 from plexor.testing.architecture import expected_tokens, load_model, random_prompts
 from plexor.testing.checkpoints import write_checkpoint
 
 CATALOG = Catalog.load()
 E4M3 = torch.float8_e4m3fn
+INPUT_SCALE = 0.02
 Tensors = dict[str, Tensor]
 CONFIG: dict[str, Any] = {
     "vocab_size": 307,
@@ -81,13 +82,17 @@ def float8(
     columns: int | None,
     scale_name: str = "weight_scale",
     shape: tuple[int, ...] | None = None,
+    static: bool = False,
 ) -> Callable[..., tuple[Tensors, Tensor]]:
     def pack(weight: Tensor) -> tuple[Tensors, Tensor]:
         block = rows or weight.shape[0], columns or weight.shape[1]
         scale = (blocks(weight, *block) / 448).bfloat16().float()
         wide = spread(scale, *block, weight.shape)
         codes = (weight / wide).clamp(-448, 448).to(E4M3)
-        return {"weight": codes, scale_name: scale if shape is None else scale.reshape(shape)}, codes.float() * wide
+        tensors = {"weight": codes, scale_name: scale if shape is None else scale.reshape(shape)}
+        if static:
+            tensors["input_scale"] = torch.tensor(INPUT_SCALE)
+        return tensors, codes.float() * wide
 
     return pack
 
@@ -177,8 +182,7 @@ def gptq(version: int, size: int, symmetric: bool, desc_act: bool = False) -> La
 
     quantization = {"quant_method": "gptq", "bits": 4, "group_size": size, "sym": symmetric, "desc_act": desc_act}
     quantization |= {"checkpoint_format": "gptq" if version == 1 else "gptq_v2"}
-    kept = {128: "int4_wo", 32: "int4_wo_g32"}[size] if symmetric and not desc_act else "dense"
-    return Layout(quantization, pack, kept)
+    return Layout(quantization, pack, {128: "int4_wo", 32: "int4_wo_g32"}[size])
 
 
 def words(numbers: Tensor, axis: int) -> Tensor:
@@ -201,11 +205,40 @@ def awq(weight: Tensor) -> tuple[Tensors, Tensor]:
     return tensors, meant(codes, scale.half(), zero, torch.arange(columns) // 64)
 
 
+def modelopt4(static: bool) -> Callable[..., tuple[Tensors, Tensor]]:
+    """Two output features share a byte; inputs are multiplied by factors that the weights were divided by."""
+
+    def pack(weight: Tensor) -> tuple[Tensors, Tensor]:
+        out, columns = weight.shape
+        factor = torch.rand(columns, generator=torch.Generator().manual_seed(columns)) + 0.5
+        codes, scale, zero = numbers4(weight / factor, 128, True)
+        pairs = (codes - 8).to(torch.int8).reshape(out // 2, 2, columns)
+        tensors = {
+            "weight": ((pairs[:, 0] & 15) | ((pairs[:, 1] & 15) << 4)).view(torch.uint8),
+            "weight_scale": scale.float(),
+            "pre_quant_scale": factor,
+            "weight_scale_2": torch.tensor(0.01),
+        }
+        dense = meant(codes, scale, zero, torch.arange(columns) // 128) * factor
+        return (tensors | {"input_scale": torch.tensor(INPUT_SCALE)} if static else tensors), dense
+
+    return pack
+
+
+def with_input_scale(pack: Callable[..., tuple[Tensors, Tensor]]) -> Callable[..., tuple[Tensors, Tensor]]:
+    def packed(weight: Tensor) -> tuple[Tensors, Tensor]:
+        tensors, dense = pack(weight)
+        return tensors | {"input_scale": torch.tensor([INPUT_SCALE])}, dense
+
+    return packed
+
+
 def weights(kind: str, bits: int, strategy: str, **more: Any) -> dict[str, Any]:
     return {"type": kind, "num_bits": bits, "strategy": strategy, "symmetric": True, "dynamic": False} | more
 
 
 TOKENS8 = {"num_bits": 8, "strategy": "token", "dynamic": True, "symmetric": True}
+STATIC = {"dynamic": False, "strategy": "tensor"}
 FLOAT8, INT8 = TOKENS8 | {"type": "float"}, TOKENS8 | {"type": "int"}
 LAYOUTS = {
     "fp8 channel": Layout(ct(weights("float", 8, "channel"), "float-quantized", FLOAT8), float8(1, None), "fp8"),
@@ -213,7 +246,7 @@ LAYOUTS = {
     "fp8 block": Layout(
         ct(weights("float", 8, "block", block_structure=[128, 128]), "float-quantized", FLOAT8),
         float8(128, 128),
-        "dense",
+        "fp8_block",
     ),
     "w8a8": Layout(ct(weights("int", 8, "channel"), "int-quantized", INT8), int8, "int8_sq"),
     "w8a16": Layout(ct(weights("int", 8, "channel"), "pack-quantized"), packed8, "int8_wo"),
@@ -223,12 +256,14 @@ LAYOUTS = {
     ),
     "w4a16 channel": Layout(ct(weights("int", 4, "channel"), "pack-quantized"), packed4(None, True), "int4_wo_channel"),
     "w4a16 asymmetric": Layout(
-        ct(weights("int", 4, "group", group_size=64, symmetric=False), "pack-quantized"), packed4(64, False), "dense"
+        ct(weights("int", 4, "group", group_size=64, symmetric=False), "pack-quantized"),
+        packed4(64, False),
+        "int4_wo_g64",
     ),
     "w4a16 ordered": Layout(
         ct(weights("int", 4, "group", group_size=64, actorder="group"), "pack-quantized"),
         packed4(64, True, True),
-        "dense",
+        "int4_wo_g64",
     ),
     "w4a8": Layout(
         ct(weights("int", 4, "group", group_size=128), "pack-quantized", FLOAT8), packed4(128, True), "w4a_fp8"
@@ -239,12 +274,12 @@ LAYOUTS = {
     "gptq ordered": gptq(1, 32, symmetric=True, desc_act=True),
     "gptq v2": gptq(2, 128, symmetric=False),
     "awq": Layout(
-        {"quant_method": "awq", "bits": 4, "group_size": 64, "zero_point": True, "version": "gemm"}, awq, "dense"
+        {"quant_method": "awq", "bits": 4, "group_size": 64, "zero_point": True, "version": "gemm"}, awq, "int4_wo_g64"
     ),
     "block fp8": Layout(
         {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
         float8(128, 128, "weight_scale_inv"),
-        "dense",
+        "fp8_block",
     ),
     "tensor fp8": Layout(
         {"quant_method": "fp8", "activation_scheme": "dynamic"}, float8(None, None, shape=(1,)), "fp8"
@@ -252,7 +287,36 @@ LAYOUTS = {
     "fbgemm fp8": Layout(
         {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}, float8(1, None, shape=(-1,)), "fp8"
     ),
-    "modelopt fp8": Layout({"quant_method": "modelopt", "quant_algo": "FP8"}, float8(None, None, shape=()), "fp8"),
+    "static fp8": Layout(
+        {"quant_method": "fp8", "activation_scheme": "static"},
+        float8(None, None, shape=(), static=True),
+        "fp8_static",
+    ),
+    "fp8 static": Layout(
+        ct(weights("float", 8, "tensor"), "float-quantized", FLOAT8 | STATIC),
+        float8(None, None, static=True),
+        "fp8_static",
+    ),
+    "w8a8 static": Layout(
+        ct(weights("int", 8, "channel"), "int-quantized", INT8 | STATIC), with_input_scale(int8), "int8_sq_static"
+    ),
+    "w4a8 static": Layout(
+        ct(weights("int", 4, "group", group_size=128), "pack-quantized", FLOAT8 | STATIC),
+        with_input_scale(packed4(128, True)),
+        "w4a_fp8_static",
+    ),
+    "modelopt fp8": Layout(
+        {"quant_method": "modelopt", "quant_algo": "FP8"}, float8(None, None, shape=(), static=True), "fp8_static"
+    ),
+    "modelopt fp8 channel": Layout(
+        {"quant_method": "modelopt", "quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"}, float8(1, None, shape=(-1,)), "fp8"
+    ),
+    "modelopt w4a8": Layout(
+        {"quant_method": "modelopt", "quant_algo": "W4A8_AWQ", "group_size": 128}, modelopt4(True), "w4a_fp8_static"
+    ),
+    "modelopt w4a16": Layout(
+        {"quant_method": "modelopt", "quant_algo": "W4A16_AWQ", "group_size": 128}, modelopt4(False), "int4_wo"
+    ),
 }
 LAYERS = re.compile(r"(model\.layers\.\d+\.(self_attn|mlp)\.\w+)\.weight")
 
@@ -337,6 +401,7 @@ def test_the_chosen_precision_keeps_what_is_stored(name: str, dtype: torch.dtype
     for key, module in linears.items():
         exact = meant_by[key].stored["weight"]
         torch.testing.assert_close(module.format.dense(module.stored), exact, rtol=2e-7, atol=0, msg=key)
+        assert not isinstance(module.format, DenseFormat)
 
 
 @pytest.mark.parametrize("name", ["fp8 channel", "w4a16", "gptq", "w8a8"])

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 
 from plexor.api import CheckpointError, TensorSource
+from plexor_quant.stored.scheme import INT4_GROUPS, Scheme
 from plexor_quant.stored.source import (
     FLOATS,
     Codes,
     Layer,
     RoundedSource,
+    centred,
     companion,
     expect,
     group_block,
@@ -31,7 +33,6 @@ from plexor_quant.stored.source import (
 )
 
 SLOT_OF_FEATURE = (0, 4, 1, 5, 2, 6, 3, 7)
-HALF = 8
 
 
 def recognises(quantization: Mapping[str, Any]) -> bool:
@@ -39,8 +40,8 @@ def recognises(quantization: Mapping[str, Any]) -> bool:
 
 
 def precision(quantization: Mapping[str, Any]) -> str:
-    """ "dense", because no other has zero points."""
-    return "dense"
+    """The one with groups of its size; layers are kept in such with zero points."""
+    return INT4_GROUPS.get(_group_size(quantization), "int4_wo")
 
 
 def open_source(source: TensorSource, quantization: Mapping[str, Any]) -> TensorSource:
@@ -71,31 +72,35 @@ def _group_size(quantization: Mapping[str, Any]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """A Layer of "qweight" int32 [in, out / 8], "scales" [groups, out] and "qzeros" int32 [groups, out / 8]."""
+    """A Layer of "qweight" int32 [in, out / 8], "scales" [groups, out] and "qzeros" int32 [groups, out / 8].
+
+    size: input features of a group.
+    """
 
     source: TensorSource
     name: str
     scales: str
     zeros: str
     shape: tuple[int, int]
-    dtype: torch.dtype
-    bits: int
+    scheme: Scheme
     size: int
 
     def codes(self, rows: range, columns: range) -> Codes:
         groups = groups_of(columns, self.size)
         scale = scale_of_groups(self.source, self.scales, groups, rows)
-        zero = self._numbers(self.zeros, groups, rows)
+        zero = self._numbers(self.zeros, groups, rows).int()
         return Codes(self._numbers(self.name, columns, rows), scale, zero, self.size, columns.start % self.size)
 
     def _numbers(self, name: str, lines: range, rows: range) -> Tensor:
-        """int32 [rows, lines] from -8 to 7 of a tensor [lines, out / 8]."""
+        """int8 [rows, lines] from -8 to 7 of a tensor [lines, out / 8]."""
         words = slice(rows.start // 8, -(-rows.stop // 8))
         stored = unpacked(self.source.read(name, (slice(lines.start, lines.stop), words)), 4)
-        slots = torch.tensor(SLOT_OF_FEATURE, device=stored.device)
-        ordered = stored.reshape(len(lines), -1, 8)[:, :, slots].flatten(1)
+        slots = stored.reshape(len(lines), -1, 8)
+        features = stored.new_empty(slots.shape[1], 8, len(lines))
+        for feature, slot in enumerate(SLOT_OF_FEATURE):
+            features[:, feature] = slots[:, :, slot].T
         start = rows.start - words.start * 8
-        return ordered[:, start : start + len(rows)].T - HALF
+        return centred(features.flatten(0, 1)[start : start + len(rows)], 4)
 
 
 def _layer(source: TensorSource, names: frozenset[str], module: str, quantization: Mapping[str, Any]) -> Layer:
@@ -109,4 +114,5 @@ def _layer(source: TensorSource, names: frozenset[str], module: str, quantizatio
     expect(source, scales, (columns // size, words * 8), FLOATS)
     zeros = companion(source, names, name, f"{module}.qzeros")
     expect(source, zeros, (columns // size, words), (torch.int32,))
-    return _Layer(source, name, scales, zeros, (words * 8, columns), torch.int8, 4, size)
+    scheme = Scheme(torch.int8, 4, (1, size), zero_points=True)
+    return _Layer(source, name, scales, zeros, (words * 8, columns), scheme, size)

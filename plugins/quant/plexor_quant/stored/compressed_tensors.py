@@ -1,19 +1,21 @@
 """The layout of the library compressed-tensors: e4m3, int8 and packed integer weights with scales of several shapes.
 
-The layout is that of https://github.com/vllm-project/compressed-tensors. Activations are rounded by the precision that
-runs, for each token: static scales (`input_scale`) and those of a cache (`k_scale`, `v_scale`) are not used.
+The layout is that of https://github.com/vllm-project/compressed-tensors. Scales of a cache (`k_scale`, `v_scale`) are
+not used. Static scales of inputs with a zero point are not either: tokens then get their own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from plexor.api import CheckpointError, TensorSource
 from plexor_quant.stored.matrix import Matrix
+from plexor_quant.stored.scheme import INT4_GROUPS, Inputs, Scheme, static_scale
 from plexor_quant.stored.source import (
     E4M3,
     FLOATS,
@@ -21,9 +23,11 @@ from plexor_quant.stored.source import (
     Codes,
     Layer,
     RoundedSource,
+    centred,
     companion,
     expect,
     group_block,
+    is_ordered,
     read_order,
     read_packed,
     sizes_of,
@@ -31,7 +35,7 @@ from plexor_quant.stored.source import (
 
 FORMATS = ("float-quantized", "int-quantized", "naive-quantized", "pack-quantized", "dense")
 PACKED_BITS = (4, 8)
-INT4_GROUPS: Mapping[int, str] = {32: "int4_wo_g32", 64: "int4_wo_g64", 128: "int4_wo"}
+WHOLE_ROWS = ("channel", "tensor")
 _UNUSED = ("input_scale", "input_zero_point", "output_scale", "k_scale", "v_scale", "q_scale")
 
 
@@ -40,9 +44,9 @@ def recognises(quantization: Mapping[str, Any]) -> bool:
 
 
 def precision(quantization: Mapping[str, Any]) -> str:
-    """The one that keeps every group of layers as it is stored; "dense" where they differ or none does."""
-    chosen = {_precision_of(group) for group in _groups(quantization)}
-    return chosen.pop() if len(chosen) == 1 else "dense"
+    """That of the first group of layers which any keeps as they are stored; the others are kept in theirs beside it."""
+    chosen = [_precision_of(group) for group in _groups(quantization)]
+    return next((name for name in chosen if name != "dense"), "dense")
 
 
 def open_source(source: TensorSource, quantization: Mapping[str, Any]) -> TensorSource:
@@ -55,9 +59,9 @@ def open_source(source: TensorSource, quantization: Mapping[str, Any]) -> Tensor
     for name in source.names():
         module, _, last = name.rpartition(".")
         if last == "weight_packed":
-            layers[f"{module}.weight"] = _packed(source, names, module, groups)
+            layers[f"{module}.weight"] = _packed(source, names, module, _group_of(module, groups))
         elif last == "weight" and (f"{module}.weight_scale" in names or source.info(name).dtype in (E4M3, torch.int8)):
-            layers[name] = _matrix(source, names, module, groups)
+            layers[name] = _matrix(source, names, module, _group_of(module, groups))
         else:
             continue
         hidden |= {f"{module}.weight_{part}" for part in ("scale", "zero_point", "shape", "g_idx")}
@@ -87,44 +91,90 @@ def _check_formats(quantization: Mapping[str, Any], groups: list[Mapping[str, An
 
 
 def _precision_of(group: Mapping[str, Any]) -> str:
-    weights, inputs = group["weights"], group.get("input_activations")
-    symmetric, strategy, size = weights.get("symmetric", True), weights.get("strategy"), weights.get("group_size")
-    if not symmetric or weights.get("actorder") in ("group", "dynamic", True):
-        return "dense"
-    rounded_inputs = None if inputs is None else (inputs.get("type"), inputs.get("num_bits"))
-    key = weights.get("type"), weights.get("num_bits"), rounded_inputs
-    if strategy in ("channel", "tensor"):
-        kept = {
-            ("float", 8, ("float", 8)): "fp8",
-            ("int", 8, ("int", 8)): "int8_sq",
-            ("int", 8, None): "int8_wo",
-            ("int", 4, None): "int4_wo_channel",
-        }
-        return kept.get(key, "dense")
-    if key == ("int", 4, ("float", 8)) and size == 128:
-        return "w4a_fp8"
-    return INT4_GROUPS.get(size, "dense") if key == ("int", 4, None) else "dense"
+    """By the numbers of weights and inputs; layers with zero points or an order are kept in a form of the same one."""
+    weights, inputs = group["weights"], _inputs_of(group)
+    kind, bits, strategy = weights.get("type"), weights.get("num_bits"), weights.get("strategy")
+    static = "_static" if _is_static(group) else ""
+    if (kind, bits) == ("float", 8) and inputs == "float8":
+        return f"fp8{static}" if strategy in WHOLE_ROWS else "fp8_block"
+    if (kind, bits) == ("int", 4) and inputs != "int8":
+        size = -1 if strategy in WHOLE_ROWS else weights.get("group_size")
+        return f"w4a_fp8{static}" if inputs == "float8" else INT4_GROUPS.get(size, "int4_wo")
+    if (kind, bits) == ("int", 8) and strategy in WHOLE_ROWS and weights.get("symmetric", True):
+        return {"int8": f"int8_sq{static}", "as they are": "int8_wo"}.get(inputs, "dense")
+    return "dense"
 
 
-def _matrix(source: TensorSource, names: frozenset[str], module: str, groups: list[Mapping[str, Any]]) -> Layer:
+def _inputs_of(group: Mapping[str, Any]) -> Literal["float8", "int8", "as they are", "other"]:
+    inputs = group.get("input_activations")
+    if not isinstance(inputs, Mapping):
+        return "as they are"
+    if inputs.get("num_bits") != 8:
+        return "other"
+    return "float8" if inputs.get("type") == "float" else "int8"
+
+
+def _is_static(group: Mapping[str, Any]) -> bool:
+    """Whether one scale serves all inputs, without a zero point."""
+    inputs = group.get("input_activations")
+    return isinstance(inputs, Mapping) and inputs.get("dynamic") is False and inputs.get("symmetric", True) is True
+
+
+def _group_of(module: str, groups: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The group that aims at a module by name or pattern, else the first that aims at a class of modules."""
+    for group in groups:
+        targets = [target for target in group.get("targets", ()) if isinstance(target, str)]
+        patterns = [target.removeprefix("re:") for target in targets if target.startswith("re:")]
+        if module in targets or any(_matches(pattern, module) for pattern in patterns):
+            return group
+    classes = [group for group in groups if any("." not in str(target) for target in group.get("targets", ()))]
+    return (classes or groups)[0]
+
+
+def _matches(pattern: str, module: str) -> bool:
+    try:
+        return re.match(pattern, module) is not None
+    except re.error as error:
+        raise CheckpointError(
+            f"quantization_config of config.json aims at layers by {pattern!r}, which is no regular expression "
+            f"({error}): download the file again"
+        ) from error
+
+
+def _scheme(
+    source: TensorSource,
+    names: frozenset[str],
+    module: str,
+    group: Mapping[str, Any],
+    dtype: torch.dtype,
+    block: tuple[int, int],
+    zero_points: bool = False,
+    ordered: bool = False,
+) -> Scheme:
+    bits = int(group["weights"].get("num_bits", 8)) if dtype == torch.int8 else 8
+    static = static_scale(source, names, f"{module}.input_scale") if _is_static(group) else None
+    return Scheme(dtype, bits, block, Inputs(_inputs_of(group), static), zero_points, ordered)
+
+
+def _matrix(source: TensorSource, names: frozenset[str], module: str, group: Mapping[str, Any]) -> Layer:
     name = f"{module}.weight"
     sizes = sizes_of(source, name)
     stored = source.info(name).dtype
     expect(source, name, sizes, (E4M3, torch.int8))
     scale_name = companion(source, names, name, f"{module}.weight_scale")
-    block = _block(source, name, scale_name, sizes, groups)
+    block = _block(source, name, scale_name, sizes, group)
     scale = Blocks(source, scale_name, sizes, block)
     scale.check(FLOATS)
     zero_point = None
-    if f"{module}.weight_zero_point" in names and stored == torch.int8:
+    if f"{module}.weight_zero_point" in names and stored == torch.int8 and not group["weights"].get("symmetric", True):
         zero_point = Blocks(source, f"{module}.weight_zero_point", sizes, block)
         zero_point.check((torch.int8, torch.int32))
-    bits = max(int(group["weights"].get("num_bits", 8)) for group in groups) if stored == torch.int8 else 8
-    return Matrix(source, name, sizes, stored, bits, scale, zero_point)
+    scheme = _scheme(source, names, module, group, stored, block, zero_points=zero_point is not None)
+    return Matrix(source, name, sizes, scheme, scale, zero_point)
 
 
 def _block(
-    source: TensorSource, name: str, scale: str, sizes: tuple[int, int], groups: list[Mapping[str, Any]]
+    source: TensorSource, name: str, scale: str, sizes: tuple[int, int], group: Mapping[str, Any]
 ) -> tuple[int, int]:
     """Rows and columns that share a scale, told by the shape of the scales and, for groups and blocks, the config."""
     shape = source.info(scale).shape
@@ -133,13 +183,12 @@ def _block(
         return rows, columns
     if shape in ((rows,), (rows, 1)):
         return 1, columns
-    for group in groups:
-        block = group["weights"].get("block_structure")
-        if isinstance(block, list) and len(block) == 2 and all(isinstance(size, int) and size > 0 for size in block):
-            return block[0], block[1]
-        size = group["weights"].get("group_size")
-        if isinstance(size, int) and size > 0:
-            return group_block(source, name, columns, size)
+    block = group["weights"].get("block_structure")
+    if isinstance(block, list) and len(block) == 2 and all(isinstance(size, int) and size > 0 for size in block):
+        return block[0], block[1]
+    size = group["weights"].get("group_size")
+    if isinstance(size, int) and size > 0:
+        return group_block(source, name, columns, size)
     return 1, columns  # refused by the check of the shape
 
 
@@ -154,52 +203,50 @@ class _Packed:
     source: TensorSource
     name: str
     shape: tuple[int, int]
-    dtype: torch.dtype
-    bits: int
+    scheme: Scheme
     scale: Blocks
     zero_point: str | None
     order: str | None
 
     def codes(self, rows: range, columns: range) -> Codes:
-        half = 1 << (self.bits - 1)
-        numbers = read_packed(self.source, self.name, rows, columns, 1, self.bits) - half
+        bits = self.scheme.bits
+        numbers = centred(read_packed(self.source, self.name, rows, columns, 1, bits), bits)
         size = self.scale.block[1]
         touched = columns if self.order is None else range(self.shape[1])
         scale = self.scale.scale(rows, touched)
         zero_point = None
         if self.zero_point is not None:
             groups = range(touched.start // size, -(-touched.stop // size))
-            zero_point = read_packed(self.source, self.zero_point, groups, rows, 0, self.bits).T - half
+            stored = read_packed(self.source, self.zero_point, groups, rows, 0, bits)
+            zero_point = centred(stored, bits).T.int()
         if self.order is None:
             return Codes(numbers, scale, zero_point, size, columns.start % size)
         group = read_order(self.source, self.order, columns, scale.shape[1])
-        return Codes(numbers, scale[:, group], None if zero_point is None else zero_point[:, group])
+        return Codes(numbers, scale, zero_point, size, group=group)
 
 
-def _packed(source: TensorSource, names: frozenset[str], module: str, groups: list[Mapping[str, Any]]) -> Layer:
+def _packed(source: TensorSource, names: frozenset[str], module: str, group: Mapping[str, Any]) -> Layer:
     name = f"{module}.weight_packed"
     rows, words = sizes_of(source, name)
     shape_name = companion(source, names, name, f"{module}.weight_shape")
     expect(source, shape_name, (2,), (torch.int64, torch.int32))
     out, columns = (int(size) for size in source.read(shape_name).tolist())
-    given = {int(group["weights"].get("num_bits", 0)) for group in groups}
-    fitting = [bits for bits in given if bits in PACKED_BITS and -(-columns * bits // 32) == words]
-    if out != rows or len(fitting) != 1 or columns < 1:
+    bits = int(group["weights"].get("num_bits", 0))
+    if out != rows or bits not in PACKED_BITS or -(-columns * bits // 32) != words or columns < 1:
         raise CheckpointError(
             f"tensor {name!r} of {source.info(name).file} is [{rows}, {words}], which does not hold [{out}, {columns}] "
-            f"numbers of {' or '.join(str(bits) for bits in sorted(given))} bits; only "
-            f"{' and '.join(str(bits) for bits in PACKED_BITS)} bits are read: use another checkpoint"
+            f"numbers of {bits} bits; only {' and '.join(map(str, PACKED_BITS))} bits are read: use another checkpoint"
         )
-    bits = fitting[0]
     expect(source, name, (rows, words), (torch.int32,))
     scale_name = companion(source, names, name, f"{module}.weight_scale")
     sizes = (rows, columns)
-    scale = Blocks(source, scale_name, sizes, _block(source, name, scale_name, sizes, groups))
+    block = _block(source, name, scale_name, sizes, group)
+    scale = Blocks(source, scale_name, sizes, block)
     scale.check(FLOATS)
     zero_point = f"{module}.weight_zero_point" if f"{module}.weight_zero_point" in names else None
     if zero_point is not None:
-        expect(source, zero_point, (-(-rows * bits // 32), -(-columns // scale.block[1])), (torch.int32,))
-    order = f"{module}.weight_g_idx" if f"{module}.weight_g_idx" in names else None
-    if order is not None:
-        expect(source, order, (columns,), (torch.int32, torch.int64))
-    return _Packed(source, name, sizes, torch.int8, bits, scale, zero_point, order)
+        expect(source, zero_point, (-(-rows * bits // 32), -(-columns // block[1])), (torch.int32,))
+    order = f"{module}.weight_g_idx"
+    ordered = order in names and is_ordered(source, order, columns, block[1])
+    scheme = _scheme(source, names, module, group, torch.int8, block, zero_point is not None, ordered)
+    return _Packed(source, name, sizes, scheme, scale, zero_point, order if ordered else None)

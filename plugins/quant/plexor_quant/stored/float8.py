@@ -1,7 +1,7 @@
 """The layouts fp8 (DeepSeek, transformers' fine-grained) and fbgemm_fp8: e4m3 weights with scales of blocks or rows.
 
 DeepSeek-V3's scales of 128 x 128 weights are called `weight_scale_inv` (arXiv 2412.19437, section 3.3), and yet weights
-are multiplied by them. Activations are rounded by the precision that runs: static scales are not used.
+are multiplied by them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 
 from plexor.api import CheckpointError, TensorSource
 from plexor_quant.stored.matrix import Matrix
+from plexor_quant.stored.scheme import Inputs, Scheme, static_scale
 from plexor_quant.stored.source import E4M3, FLOATS, Blocks, Layer, RoundedSource, companion, expect, sizes_of
 
 METHODS = ("fp8", "fbgemm_fp8")
@@ -24,8 +25,15 @@ def recognises(quantization: Mapping[str, Any]) -> bool:
 
 
 def precision(quantization: Mapping[str, Any]) -> str:
-    """ "fp8" has no blocks: a checkpoint in blocks stays as it is only when dense."""
-    return "dense" if quantization.get("weight_block_size") is not None else "fp8"
+    """By the block of a scale and by whether the inputs have one of their own."""
+    if quantization.get("weight_block_size") is not None:
+        return "fp8_block"
+    return "fp8_static" if _is_static(quantization) else "fp8"
+
+
+def _is_static(quantization: Mapping[str, Any]) -> bool:
+    """Inputs in blocks always get their scales while running."""
+    return quantization.get("activation_scheme") == "static" and quantization.get("weight_block_size") is None
 
 
 def open_source(source: TensorSource, quantization: Mapping[str, Any]) -> TensorSource:
@@ -38,6 +46,7 @@ def open_source(source: TensorSource, quantization: Mapping[str, Any]) -> Tensor
             f"quantization_config of config.json has weight_block_size {block!r}, where two sizes are due: download "
             "the file again"
         )
+    is_static = _is_static(quantization)
     names = frozenset(source.names())
     layers: dict[str, Layer] = {}
     hidden = {name for name in names if name.rpartition(".")[2] in _UNUSED}
@@ -46,17 +55,30 @@ def open_source(source: TensorSource, quantization: Mapping[str, Any]) -> Tensor
             inverse = f"{name}_scale_inv"
             scale = inverse if block is not None or inverse in names else f"{name}_scale"
             companion(source, names, name, scale)
-            layers[name] = matrix(source, name, scale, None if block is None else (block[0], block[1]))
+            layers[name] = matrix(
+                source, names, name, scale, None if block is None else (block[0], block[1]), is_static
+            )
             hidden.add(scale)
     return RoundedSource(source, layers, frozenset(hidden))
 
 
-def matrix(source: TensorSource, name: str, scale: str, block: tuple[int, int] | None) -> Matrix:
-    """The layer of an e4m3 weight; without a block its scale is one number, or one for each row."""
+def matrix(
+    source: TensorSource,
+    names: frozenset[str],
+    name: str,
+    scale: str,
+    block: tuple[int, int] | None,
+    is_static: bool,
+) -> Matrix:
+    """The layer of an e4m3 weight; without a block its scale is one number, or one for each row.
+
+    is_static: whether "input_scale" beside it holds the one scale of all inputs.
+    """
     sizes = sizes_of(source, name)
     expect(source, name, sizes, (E4M3,))
     if block is None:
         block = sizes if source.info(scale).shape in ((), (1,), (1, 1)) else (1, sizes[1])
     blocks = Blocks(source, scale, sizes, block)
     blocks.check((*FLOATS, torch.float8_e8m0fnu))
-    return Matrix(source, name, sizes, E4M3, 8, blocks)
+    static = static_scale(source, names, f"{name.removesuffix('weight')}input_scale") if is_static else None
+    return Matrix(source, name, sizes, Scheme(E4M3, 8, block, Inputs("float8", static)), blocks)

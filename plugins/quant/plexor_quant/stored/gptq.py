@@ -13,15 +13,18 @@ from typing import Any
 import torch
 
 from plexor.api import CheckpointError, TensorSource
+from plexor_quant.stored.scheme import INT4_GROUPS, Scheme
 from plexor_quant.stored.source import (
     FLOATS,
     Codes,
     Layer,
     RoundedSource,
+    centred,
     companion,
     expect,
     group_block,
     groups_of,
+    is_ordered,
     read_order,
     read_packed,
     scale_of_groups,
@@ -37,11 +40,11 @@ def recognises(quantization: Mapping[str, Any]) -> bool:
 
 
 def precision(quantization: Mapping[str, Any]) -> str:
-    """A 4-bit one for symmetric weights in groups of its size; "dense" for all others."""
-    if not quantization.get("sym", False) or quantization.get("desc_act", False) or quantization.get("bits") != 4:
-        return "dense"
-    kept = {-1: "int4_wo_channel", 32: "int4_wo_g32", 64: "int4_wo_g64", 128: "int4_wo"}
-    return kept.get(quantization.get("group_size", 0), "dense")
+    """The one with groups of its size; "dense" for 8 bits in groups."""
+    size = quantization.get("group_size", 0)
+    if quantization.get("bits") == 4:
+        return INT4_GROUPS.get(size, "int4_wo")
+    return "int8_wo" if size == -1 and quantization.get("sym", False) else "dense"
 
 
 def open_source(source: TensorSource, quantization: Mapping[str, Any]) -> TensorSource:
@@ -78,26 +81,25 @@ class _Layer:
     scales: str
     zeros: str
     shape: tuple[int, int]
-    dtype: torch.dtype
-    bits: int
+    scheme: Scheme
     size: int
     zero_added: int | None
     order: str | None
 
     def codes(self, rows: range, columns: range) -> Codes:
-        half = 1 << (self.bits - 1)
-        numbers = read_packed(self.source, self.name, rows, columns, 0, self.bits) - half
+        bits = self.scheme.bits
+        numbers = centred(read_packed(self.source, self.name, rows, columns, 0, bits), bits)
         groups = groups_of(columns if self.order is None else range(self.shape[1]), self.size)
         scale = scale_of_groups(self.source, self.scales, groups, rows)
         zero = None
         if self.zero_added is not None:
-            stored = read_packed(self.source, self.zeros, groups, rows, 1, self.bits).T
+            stored = read_packed(self.source, self.zeros, groups, rows, 1, bits).T.int()
             # Less than zero, the first version wraps around.
-            zero = ((stored + self.zero_added) & (2 * half - 1)) - half
+            zero = ((stored + self.zero_added) & ((1 << bits) - 1)) - (1 << (bits - 1))
         if self.order is None:
             return Codes(numbers, scale, zero, self.size, columns.start % self.size)
         group = read_order(self.source, self.order, columns, scale.shape[1])
-        return Codes(numbers, scale[:, group], None if zero is None else zero[:, group])
+        return Codes(numbers, scale, zero, self.size, group=group)
 
 
 def _layer(source: TensorSource, names: frozenset[str], module: str, quantization: Mapping[str, Any]) -> Layer:
@@ -114,10 +116,8 @@ def _layer(source: TensorSource, names: frozenset[str], module: str, quantizatio
     zeros = companion(source, names, name, f"{module}.qzeros")
     expect(source, zeros, (columns // size, -(-out * bits // 32)), (torch.int32,))
     added = int(quantization.get("checkpoint_format", "gptq") == "gptq")
-    order = f"{module}.g_idx" if f"{module}.g_idx" in names else None
-    if order is not None:
-        expect(source, order, (columns,), (torch.int32, torch.int64))
-        if torch.equal(source.read(order).cpu(), torch.arange(columns, dtype=source.info(order).dtype) // size):
-            order = None
+    order = f"{module}.g_idx"
+    ordered = order in names and is_ordered(source, order, columns, size)
     zero_added = None if quantization.get("sym", False) else added
-    return _Layer(source, name, scales, zeros, (out, columns), torch.int8, bits, size, zero_added, order)
+    scheme = Scheme(torch.int8, bits, (1, size), zero_points=zero_added is not None, ordered=ordered)
+    return _Layer(source, name, scales, zeros, (out, columns), scheme, size, zero_added, order if ordered else None)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from plexor.api import TensorSource
+from plexor_quant.stored.scheme import Scheme
 from plexor_quant.stored.source import Blocks, Codes, span
 
 
@@ -17,8 +16,7 @@ class Matrix:
     source: TensorSource
     name: str
     shape: tuple[int, int]
-    dtype: torch.dtype
-    bits: int
+    scheme: Scheme
     scale: Blocks
     zero_point: Blocks | None = None
 

@@ -9,7 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from plexor.api import CheckpointError, Grid, TensorInfo, TensorSource
+from plexor.api import CheckpointError, Grid, LinearFormat, TensorInfo, TensorSource
+from plexor_quant.stored.scheme import Scheme
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 E4M3 = torch.float8_e4m3fn
@@ -19,35 +20,55 @@ E4M3 = torch.float8_e4m3fn
 class Codes:
     """Some rows and columns of a rounded weight.
 
-    codes: [rows, columns] in any dtype. scale: float32 [rows, groups]; the first group begins `skipped` columns before
-    the first column. zero_point: int32 [rows, groups] or None.
+    numbers: [rows, columns], int8 or e4m3. scale: float32 [rows, groups]; the first group begins `skipped` columns
+    before the first column. zero_point: int32 [rows, groups] or None. group: int64 [columns], the group of each column
+    where groups are not of consecutive ones, which is shown of all columns only. factor: float32 [columns] or None,
+    by which all is multiplied.
     """
 
-    codes: Tensor
+    numbers: Tensor
     scale: Tensor
     zero_point: Tensor | None = None
     group_size: int = 1
     skipped: int = 0
+    group: Tensor | None = None
+    factor: Tensor | None = None
 
     def dense(self) -> Tensor:
         """float32 [rows, columns]."""
-        values = self.codes.float()
+        values = self.numbers.float()
         if self.zero_point is not None:
-            values = values - self._spread(self.zero_point)
-        return values * self._spread(self.scale)
+            values -= self._spread(self.zero_point)
+        values *= self._spread(self.scale)
+        return values if self.factor is None else values.mul_(self.factor)
+
+    def grid(self, dtype: torch.dtype, bits: int) -> Grid | None:
+        """The same as a Grid; None where groups are parted, or of several sizes."""
+        size = self.numbers.shape[1] if self.scale.shape[-1] == 1 else self.group_size
+        if self.skipped and self.scale.shape[-1] > 1:
+            return None
+        order = None
+        if self.group is not None:
+            order = self.group.argsort(stable=True)
+            if not bool((self.group.bincount(minlength=self.scale.shape[-1]) == size).all()):
+                return None
+        moved = self.zero_point is not None and bool(self.zero_point.any())
+        return Grid(self.numbers, self.scale, self.zero_point if moved else None, size, dtype, bits, order, self.factor)
 
     def _spread(self, each: Tensor) -> Tensor:
         """[rows, groups] -> [rows, columns] or, with one group, [rows, 1]."""
         if each.shape[-1] == 1:
             return each
+        if self.group is not None:
+            return each[:, self.group]
         wide = each.repeat_interleave(self.group_size, dim=-1)
-        return wide[:, self.skipped : self.skipped + self.codes.shape[-1]]
+        return wide[:, self.skipped : self.skipped + self.numbers.shape[-1]]
 
 
 class Layer(Protocol):
     """One rounded weight [out, in] of a checkpoint.
 
-    name: of the stored tensor in whose place the dense one is shown. dtype and bits: what a Grid says of its codes.
+    name: of the stored tensor in whose place the dense one is shown. scheme: how it was rounded.
     """
 
     @property
@@ -57,10 +78,7 @@ class Layer(Protocol):
     def shape(self) -> tuple[int, int]: ...
 
     @property
-    def dtype(self) -> torch.dtype: ...
-
-    @property
-    def bits(self) -> int: ...
+    def scheme(self) -> Scheme: ...
 
     def codes(self, rows: range, columns: range) -> Codes:
         """What is stored for these rows and columns; CheckpointError where it cannot be true."""
@@ -68,7 +86,7 @@ class Layer(Protocol):
 
 
 class RoundedSource:
-    """A TensorSource and GridSource: another source with `layers`, by shown name, in place of what is stored for them.
+    """A FormatSource: another source with `layers`, by shown name, in place of what is stored for them.
 
     hidden: what belongs to them besides the tensors that they are named after.
     """
@@ -105,12 +123,13 @@ class RoundedSource:
         if layer is None:
             return None
         rows, columns = _spans(layer, index)
-        stored = layer.codes(rows, columns)
-        if stored.skipped and stored.scale.shape[-1] > 1:
+        if layer.scheme.ordered and len(columns) < layer.shape[1]:
             return None
-        size = len(columns) if stored.scale.shape[-1] == 1 else stored.group_size
-        moved = stored.zero_point is not None and bool(stored.zero_point.any())
-        return Grid(stored.scale, stored.zero_point if moved else None, size, layer.dtype, layer.bits)
+        return layer.codes(rows, columns).grid(layer.scheme.dtype, layer.scheme.bits)
+
+    def formats(self, name: str, index: tuple[slice, ...] = ()) -> tuple[LinearFormat, ...]:
+        layer = self._layers.get(name)
+        return () if layer is None else layer.scheme.formats(layer.shape, *_spans(layer, index))
 
     def close(self) -> None:
         self._source.close()
@@ -205,24 +224,48 @@ def group_block(source: TensorSource, of: str, in_features: int, group_size: int
 
 
 def unpacked(words: Tensor, bits: int) -> Tensor:
-    """int32 [..., n] -> int32 [..., n * 32 / bits] from 0 on, the first number in the lowest bits."""
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
-    return ((words.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)).flatten(-2)
+    """int32 [..., n] -> uint8 [..., n * 32 / bits], the first number in the lowest bits, of 4 or 8."""
+    packed = words.contiguous().view(torch.uint8)
+    if bits == 8:
+        return packed
+    numbers = packed.new_empty(*packed.shape, 2)
+    torch.bitwise_and(packed, 15, out=numbers[..., 0])
+    torch.bitwise_right_shift(packed, 4, out=numbers[..., 1])
+    return numbers.flatten(-2)
+
+
+def centred(numbers: Tensor, bits: int) -> Tensor:
+    """uint8 from 0 on -> int8 with the middle, 2^(bits - 1), at zero; in place."""
+    return numbers.sub_(1 << (bits - 1)).view(torch.int8)
 
 
 def read_packed(source: TensorSource, name: str, others: range, packed: range, axis: int, bits: int) -> Tensor:
-    """int32 [others, packed] from 0 on, of words that hold consecutive numbers along `axis` of a stored matrix."""
+    """uint8 [others, packed] from 0 on, of words that hold consecutive numbers along `axis` of a stored matrix."""
     each = 32 // bits
     words = slice(packed.start // each, -(-packed.stop // each))
     index = (words, span(others)) if axis == 0 else (span(others), words)
     stored = source.read(name, index)
     numbers = unpacked(stored.T if axis == 0 else stored, bits)
     start = packed.start - words.start * each
-    return numbers[:, start : start + len(packed)]
+    return numbers[:, start : start + len(packed)].contiguous()
+
+
+def is_ordered(source: TensorSource, name: str, in_features: int, size: int) -> bool:
+    """Whether groups are of other input features than `size` consecutive ones; CheckpointError if of another number."""
+    expect(source, name, (in_features,), (torch.int32, torch.int64))
+    num_groups = -(-in_features // size)
+    group = read_order(source, name, range(in_features), num_groups).cpu()
+    consecutive = torch.arange(in_features) // size
+    if not torch.equal(group.sort().values, consecutive):
+        raise CheckpointError(
+            f"tensor {name!r} of {source.info(name).file} gives groups other than {size} input features each: the file "
+            "is damaged, download it again"
+        )
+    return not torch.equal(group, consecutive)
 
 
 def read_order(source: TensorSource, name: str, columns: range, num_groups: int) -> Tensor:
-    """The group of each of these input features; CheckpointError for a group that there is not."""
+    """int64 [columns], the group of each of these input features; CheckpointError for a group that there is not."""
     group = source.read(name, (slice(columns.start, columns.stop),)).long()
     if bool(((group < 0) | (group >= num_groups)).any()):
         raise CheckpointError(
