@@ -11,6 +11,12 @@ from torch import Tensor
 from plexor.api import Grid, GroupedMultiply, KernelTable, LinearShape, Multiply, Stored, facts
 
 
+def described(op: str, input_scale: float | None) -> str:
+    """What `plexor explain` calls a format with this op."""
+    name = op.removesuffix("_linear").removesuffix("_static")
+    return name if input_scale is None else f"{name}, static scale of the inputs"
+
+
 @dataclass(frozen=True, slots=True)
 class PerChannelFormat:
     """Keeps "weight" [out, in] in `dtype` and "scale" float32 [out]; a LinearFormat.
@@ -24,6 +30,10 @@ class PerChannelFormat:
     round_rows: Callable[[Tensor], tuple[Tensor, Tensor]]
     op: str
     grouped_op: str
+    input_scale: float | None = None
+
+    def __str__(self) -> str:
+        return described(self.op, self.input_scale)
 
     def storage(self, shape: LinearShape, dtype: torch.dtype) -> tuple[Stored, ...]:
         return (
@@ -51,6 +61,7 @@ class PerChannelFormat:
 
     def bind(self, table: KernelTable, shape: LinearShape, dtype: torch.dtype, device: torch.device) -> Multiply:
         sizes = {"out_features": shape.out_features, "in_features": shape.in_features}
+        inputs = () if self.input_scale is None else (self.input_scale,)
         product = table.bind(self.op, facts(device, dtype, None, **sizes))
 
         def multiply(x: Tensor, stored: Mapping[str, Tensor]) -> Tensor:
@@ -63,12 +74,11 @@ class PerChannelFormat:
         self, table: KernelTable, shape: LinearShape, dtype: torch.dtype, device: torch.device
     ) -> GroupedMultiply:
         sizes = {"out_features": shape.out_features, "in_features": shape.in_features, "groups": shape.groups}
+        inputs = () if self.input_scale is None else (self.input_scale,)
         product = table.bind(self.grouped_op, facts(device, dtype, None, **sizes))
 
         def multiply(x: Tensor, stored: Mapping[str, Tensor], group_end: Tensor) -> Tensor:
-        inputs = () if self.input_scale is None else (self.input_scale,)
             y: Tensor = product(x, stored["weight"], stored["scale"], *inputs, group_end)
             return y
 
         return multiply
-        inputs = () if self.input_scale is None else (self.input_scale,)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from plexor.api import Grid, GroupedMultiply, KernelTable, LinearShape, Multiply, Stored, facts
-from plexor_quant.packing import ZERO, is_odd, num_groups, pack, round_int4, round_uint4, spread, widen
+from plexor_quant.packing import ZERO, is_odd, num_groups, pack, round_int4, round_uint4, widen
+from plexor_quant.per_channel import described
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,12 @@ class PerGroupFormat:
     op: str
     grouped_op: str
     zero_points: bool = False
+    input_scale: float | None = None
+
+    def __str__(self) -> str:
+        groups = "of whole rows" if self.group_size is None else f"of {self.group_size}"
+        zero = ", zero points" if self.zero_points else ""
+        return f"{described(self.op, self.input_scale)}, groups {groups}{zero}"
 
     def storage(self, shape: LinearShape, dtype: torch.dtype) -> tuple[Stored, ...]:
         groups = shape.out_features, num_groups(shape.in_features, self._size(shape.in_features))
@@ -81,6 +88,7 @@ class PerGroupFormat:
     def bind(self, table: KernelTable, shape: LinearShape, dtype: torch.dtype, device: torch.device) -> Multiply:
         group_size = self._size(shape.in_features)
         sizes = {"out_features": shape.out_features, "in_features": shape.in_features} | self._facts(group_size)
+        inputs = () if self.input_scale is None else (self.input_scale,)
         product = table.bind(self.op, facts(device, dtype, None, **sizes))
 
         def multiply(x: Tensor, stored: Mapping[str, Tensor]) -> Tensor:
@@ -112,4 +120,3 @@ class PerGroupFormat:
 
     def _size(self, in_features: int) -> int:
         return in_features if self.group_size is None else self.group_size
-        inputs = () if self.input_scale is None else (self.input_scale,)

@@ -20,8 +20,8 @@ _SUMMED: Mapping[str, tuple[float, float]] = {
     "float16": (4e-3, 4e-3),
     "bfloat16": (1.6e-2, 1.6e-2),
 }
-_SPARSE24 = ("sparse24", "sparse24_fp8")
 _STATIC = ("fp8_static", "int8_static", "w4a_fp8_static")
+_SPARSE24 = ("sparse24", "sparse24_fp8")
 _WRITTEN = frozenset(
     {"fp8", "int8_sq", "w4a_fp8", "int8_wo", "int4_wo", "int4_wo_g64", "int4_wo_g32", "int4_wo_channel"}
 )
@@ -74,8 +74,8 @@ def precisions() -> Iterable[Precision]:
             needs="runs anywhere; refuses weights that are not 2:4",
         ),
     )
-    return tuple(_writable(each) if each.name in _WRITTEN else each for each in offered)
     offered = (*offered, *_stored_precisions())
+    return tuple(_writable(each) if each.name in _WRITTEN else each for each in offered)
 
 
 @hookimpl
@@ -152,12 +152,12 @@ def kernels() -> Iterable[Kernel]:
         _on_cpu("int4_wo_grouped_linear"),
         replace(_on_cpu("int8_paged_attention"), kv_dtypes=frozenset({"int8"})),
         *_sparse24_kernels(),
+        *_stored_kernels(),
     )
 
 
 def _writable(precision: Precision) -> Precision:
     """One in which `plexor quantize` writes checkpoints."""
-        *_stored_kernels(),
     return replace(
         precision,
         written=f"plexor_quant.written.compressed_tensors:{precision.name}",
@@ -165,11 +165,6 @@ def _writable(precision: Precision) -> Precision:
     )
 
 
-def _int4_wo(name: str, target: str, scales: str) -> Precision:
-    return Precision(
-        name=name,
-        format=f"plexor_quant.int4_wo:{target}",
-        summary=f"4-bit weights {scales}, activations in the model's dtype",
 def _stored_precisions() -> tuple[Precision, ...]:
     """Those that checkpoints come in; of them dense weights are only rounded to fp8_block."""
     inputs = "one scale for all inputs of a layer, which the checkpoint brings"
@@ -201,6 +196,11 @@ def _stored_precisions() -> tuple[Precision, ...]:
     )
 
 
+def _int4_wo(name: str, target: str, scales: str) -> Precision:
+    return Precision(
+        name=name,
+        format=f"plexor_quant.int4_wo:{target}",
+        summary=f"4-bit weights {scales}, activations in the model's dtype",
         needs="runs anywhere; a quarter of bfloat16's memory, not yet faster than it",
     )
 
@@ -245,11 +245,6 @@ def _sparse24_kernels() -> tuple[Kernel, ...]:
     )
 
 
-def _on_cpu(op: str) -> Kernel:
-    return Kernel(op=op, provider="cpu", load=f"plexor_quant.kernels.cpu.{op}:{op}", devices=_CPU, dtypes=_FLOATS)
-
-
-def _cache_ops() -> tuple[Op, ...]:
 def _stored_kernels() -> tuple[Kernel, ...]:
     """Those of what only checkpoints have: one scale for all inputs, and e4m3 weights in blocks."""
     return (
@@ -272,6 +267,11 @@ def _stored_kernels() -> tuple[Kernel, ...]:
     )
 
 
+def _on_cpu(op: str) -> Kernel:
+    return Kernel(op=op, provider="cpu", load=f"plexor_quant.kernels.cpu.{op}:{op}", devices=_CPU, dtypes=_FLOATS)
+
+
+def _cache_ops() -> tuple[Op, ...]:
     """What stores in and reads from a cache of int8 with scales."""
     tolerances = {
         "int8_kv_write": _COPIED,
