@@ -47,7 +47,8 @@ if TYPE_CHECKING:
     )
     from plexor.kernels.cuda.program import LINEAR_HEADER, STREAM_HEADER, Program, load_program, tensor_map
     from plexor.kernels.cuda.refusal import refuses_tiles
-    from plexor.kernels.cuda.tiled_linear import TiledCut, TiledLinear, TiledScales
+    from plexor.kernels.cuda.tiled_layout import TiledCut
+    from plexor.kernels.cuda.tiled_linear import TiledLinear, TiledScales
     from plexor.kernels.op import Sample
     from plexor.kernels.reference.paged_attention import dense_attention, sequence_entries, visible_positions
     from plexor.kernels.reference.rotary_kv_write import rotated
@@ -134,7 +135,8 @@ _HOMES = {
     ),
     "plexor.kernels.cuda.program": ("LINEAR_HEADER", "STREAM_HEADER", "Program", "load_program", "tensor_map"),
     "plexor.kernels.cuda.refusal": ("refuses_tiles",),
-    "plexor.kernels.cuda.tiled_linear": ("TiledCut", "TiledLinear", "TiledScales"),
+    "plexor.kernels.cuda.tiled_layout": ("TiledCut",),
+    "plexor.kernels.cuda.tiled_linear": ("TiledLinear", "TiledScales"),
     "plexor.kernels.op": ("Sample",),
     "plexor.kernels.reference.paged_attention": ("dense_attention", "sequence_entries", "visible_positions"),
     "plexor.kernels.reference.rotary_kv_write": ("rotated",),
