@@ -29,6 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a text like what the model will see, in UTF-8 (default: plain rounding)",
     )
     parser.add_argument(
+        "--dense", action="append", default=[], metavar="PATTERN", help="layers to leave dense, such as '*.down_proj'"
+    )
+    parser.add_argument(
         "--windows", type=count, default=64, metavar="N", help="pieces of the text to use at most (default: 64)"
     )
     parser.add_argument(
@@ -52,6 +55,7 @@ def run(arguments: argparse.Namespace, catalog: Catalog) -> int:
         device=checked.device,
         dtype=checked.dtype,
         text=None if arguments.calibrate is None else read_text(arguments.calibrate),
+        dense=tuple(arguments.dense),
         windows=arguments.windows,
         window=arguments.window,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -36,10 +36,12 @@ class Calibration(Protocol):
     While it is made, the decoder's embeddings hold their weights; after that, only the layer that it is asked for does.
     """
 
-    def round(self, layer: DecoderLayer) -> Mapping[LinearWeight, Mapping[str, Tensor]]:
-        """What the format keeps of each linear layer and stack in this layer, which follows the last one asked for.
+    def round(
+        self, layer: DecoderLayer, linears: Collection[LinearWeight]
+    ) -> Mapping[LinearWeight, Mapping[str, Tensor]]:
+        """What the format keeps of each of these, the linear layers and stacks of the layer that are to be rounded.
 
-        The layer is dense and is changed: its weights become what the rounded ones mean, and gains of its norms may
-        take up factors, which are then part of the checkpoint.
+        The layer follows the last one asked for, is dense and is changed: weights become what the rounded ones mean,
+        and gains of its norms may take up factors, which are then part of the checkpoint.
         """
         ...

@@ -30,6 +30,7 @@ from plexor.kernels.table import resolve
 from plexor.model.decoder import Decoder, DecoderLayer
 from plexor.model.dense import DenseFormat
 from plexor.model.format import LinearFormat
+from plexor.model.linear import LinearWeight
 from plexor.model.norm import RMSNorm
 from plexor.model.unfilled import Unfilled, filled
 from plexor.model.written import Calibration, WrittenFormat
@@ -53,6 +54,7 @@ Progress = Callable[[int, int], None]
 class Conversion:
     """What is to be done. dtype: in which the model is to run. text: to calibrate on, None for plain rounding.
 
+    dense: patterns of modules of the checkpoint that are not to be rounded.
     window: tokens of the text that run together, the model's context at most; windows: how many at most.
     """
 
@@ -62,6 +64,7 @@ class Conversion:
     device: str = "auto"
     dtype: str = "auto"
     text: str | None = None
+    dense: tuple[str, ...] = ()
     windows: int = 64
     window: int = 512
 
@@ -97,9 +100,8 @@ def convert(conversion: Conversion, catalog: Catalog, progress: Progress | None 
     written: WrittenFormat = resolve(spec.written)()
     with closing(open_source(conversion.folder.path, catalog)) as source, torch.no_grad():
         plan = plan_weights(built.module, rules, source)
-        layout = LayoutPlanner(built, plan, source, format, written).lay_out(
-            None if text is None else conversion.run_dtype
-        )
+        planner = LayoutPlanner(built, plan, source, format, written, conversion.dense)
+        layout = planner.lay_out(None if text is None else conversion.run_dtype)
         num_bytes = sum(planned.num_bytes for planned in layout.planned)
         with _new_folder(conversion.out, num_bytes) as folder:
             with SafetensorsWriter(folder, layout.planned) as writer:
@@ -235,7 +237,9 @@ class _Run:
         names = {module: name for name, module in modules.items()}
         with filled(layer):
             self._load(prefix)
-            kept = {names[module]: stored for module, stored in calibration.round(layer).items()}
+            targets = {piece.target: modules[piece.target] for matrix in matrices for piece in matrix.pieces}
+            linears = [module for module in targets.values() if isinstance(module, LinearWeight)]
+            kept = {names[module]: stored for module, stored in calibration.round(layer, linears).items()}
             for gain in self.layout.gains:
                 if gain.target.startswith(prefix):
                     norm = modules[gain.target]

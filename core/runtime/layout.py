@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 import torch
 from torch import Tensor, nn
@@ -93,21 +95,31 @@ class LayoutPlanner:
     """Lays out a checkpoint of a model whose weights a format rounds and a WrittenFormat names."""
 
     def __init__(
-        self, built: BuiltModel, plan: WeightPlan, source: TensorSource, format: LinearFormat, written: WrittenFormat
+        self,
+        built: BuiltModel,
+        plan: WeightPlan,
+        source: TensorSource,
+        format: LinearFormat,
+        written: WrittenFormat,
+        dense: Sequence[str] = (),
     ) -> None:
+        """dense: patterns of modules of the checkpoint, as fnmatch reads them, that stay as they are."""
         self._built = built
         self._plan = plan
         self._source = source
         self._format = format
         self._written = written
+        self._dense = dense
         self._modules = dict(built.module.named_modules())
         self._decoder = find_decoder(built.module)
 
     def lay_out(self, gain_dtype: torch.dtype | None) -> Layout:
         """gain_dtype: in which gains of norms in decoder layers must fit; None where they stay as they are.
 
-        ConfigError where nothing is to be rounded, CheckpointError for weights that cannot be written.
+        ConfigError where nothing is to be rounded, or parts of a layer are to be dense; CheckpointError for weights
+        that cannot be written.
         """
+        self._check_dense()
         planned: list[PlannedTensor] = []
         matrices: list[Matrix] = []
         copied: list[str] = []
@@ -115,7 +127,7 @@ class LayoutPlanner:
         gains: list[Gain] = []
         ignored = [name.removesuffix(".weight") for name in self._plan.book.unread() if name.endswith(".weight")]
         for name, placements in self._plan.placements.items():
-            if self._is_rounded(placements):
+            if self._takes_precision(placements) and not self._stays_dense(name):
                 made = list(self._matrices(name, placements))
                 planned.extend(tensor for matrix in made for tensor in self._planned(matrix))
                 matrices.extend(made)
@@ -135,13 +147,35 @@ class LayoutPlanner:
             )
         return Layout(tuple(planned), tuple(matrices), tuple(gains), tuple(copied), tuple(dict.fromkeys(ignored)))
 
-    def _is_rounded(self, placements: Sequence[Placement]) -> bool:
+    def _check_dense(self) -> None:
+        """Patterns must name something, and all or nothing of what the model multiplies in one."""
+        weights = {name: each for name, each in self._plan.placements.items() if self._takes_precision(each)}
+        modules = [name.removesuffix(".weight") for name in weights]
+        for pattern in self._dense:
+            if not fnmatch.filter(modules, pattern):
+                near = get_close_matches(pattern, modules, n=1) or modules[:1]
+                raise ConfigError(
+                    f"no layer that would be rounded is called {pattern!r}: names are such as {', '.join(near)}"
+                )
+        chosen = {name for name in weights if self._stays_dense(name)}
+        parted = {each.target for name in chosen for each in weights[name]}
+        for name, placements in weights.items():
+            if name not in chosen and any(each.target in parted for each in placements):
+                raise ConfigError(
+                    f"{name.removesuffix('.weight')} is multiplied together with layers that are to stay dense: name "
+                    "all of them or none"
+                )
+
+    def _stays_dense(self, name: str) -> bool:
+        return any(fnmatch.fnmatchcase(name.removesuffix(".weight"), pattern) for pattern in self._dense)
+
+    def _takes_precision(self, placements: Sequence[Placement]) -> bool:
         """Whether a tensor is the weight of linear layers that a precision may touch."""
-        found = {each.piece[2] == "weight" and self._takes_precision(each.target) for each in placements}
+        found = {each.piece[2] == "weight" and self._may_round(each.target) for each in placements}
         assert len(found) < 2, f"a tensor of {placements[0].target} is to be rounded in parts only"
         return found == {True}
 
-    def _takes_precision(self, target: str) -> bool:
+    def _may_round(self, target: str) -> bool:
         module = self._modules[target]
         return isinstance(module, LinearWeight) and module.format is self._built.build.format
 

@@ -275,6 +275,27 @@ def test_the_folder_holds_all_that_the_model_needs(checkpoints: dict[str, Path],
         assert torch.equal(dense[name], found[name])
 
 
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_layers_that_are_to_stay_dense_are_not_touched(
+    calibrated: bool, checkpoints: dict[str, Path], tmp_path: Path, text: Path
+) -> None:
+    """gate and up are dense, so factors for the inputs of down have nowhere to go."""
+    folder = checkpoints["LlamaForCausalLM"]
+    more = ("--calibrate", str(text), "--window", "30") if calibrated else ()
+    out = quantize(folder, tmp_path / "out", "int8_wo", "--dense", "*.gate_proj", "--dense", "*.up_proj", *more)
+    kept = [f"model.layers.{layer}.mlp.{part}_proj" for layer in range(2) for part in ("gate", "up")]
+    settings = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert sorted(settings["ignore"]) == ["lm_head", *kept]
+    before, after = tensors_of(folder), tensors_of(out)
+    for name in kept:
+        assert torch.equal(before[f"{name}.weight"], after[f"{name}.weight"])
+    assert "model.layers.1.mlp.down_proj.weight_packed" in after
+    prompts = random_prompts(307)
+    dense = torch.cat(run(load_model(folder, CATALOG), prompts, (50,)))
+    ours = torch.cat(run(load_model(out, CATALOG, precision="dense"), prompts, (50,)))
+    assert float((ours - dense).std()) < 0.05 * float(dense.std())
+
+
 def test_only_the_layer_that_is_rounded_has_memory(
     checkpoints: dict[str, Path], tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -286,10 +307,10 @@ def test_only_the_layer_that_is_rounded_has_memory(
         decoders.append(decoder)
         make(self, decoder, *rest)
 
-    def look(self: TextCalibration, layer: DecoderLayer) -> Any:
+    def look(self: TextCalibration, layer: DecoderLayer, linears: Any) -> Any:
         parts = [decoders[0].embedding, *decoders[0].layers]
         held.append([sum(t.untyped_storage().nbytes() for t in [*p.parameters(), *p.buffers()]) for p in parts])
-        return rounded(self, layer)
+        return rounded(self, layer, linears)
 
     monkeypatch.setattr(TextCalibration, "__init__", remember)
     monkeypatch.setattr(TextCalibration, "round", look)
@@ -334,6 +355,8 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(
     for argv, said in [
         (("--precision", "fp9"), "did you mean 'fp8'"),
         (("--precision", "dense"), "the precision 'dense' cannot be written as a checkpoint: choose one of fp8, "),
+        (("--precision", "fp8", "--dense", "*.down"), r"is called '\*.down': names are such as model.layers"),
+        (("--precision", "fp8", "--dense", "*.q_proj"), "k_proj is multiplied together with layers that are to stay"),
         (("--precision", "fp8", "--calibrate", str(tmp_path / "nothing")), "cannot be read"),
         (("--precision", "fp8", "--calibrate", str(short)), r"has \d+ tokens, fewer than one window of 64"),
     ]:
@@ -376,6 +399,7 @@ def test_groups_that_do_not_divide_a_row_are_refused(
     assert "has 96 input features, which groups of 128 do not divide" in said
     assert "choose int4_wo_g32 or another" in said
     quantize(folder, tmp_path / "out", "int4_wo_g32")
+    quantize(folder, tmp_path / "mixed", "w4a_fp8", "--dense", "*.down_proj")
 
 
 def test_a_text_that_overflows_is_refused(

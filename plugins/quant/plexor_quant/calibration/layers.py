@@ -6,7 +6,7 @@ linear layer or, while factors are searched, of one decoder layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -79,13 +79,13 @@ class TextCalibration:
         self._pieces = _pieces(decoder, build, token_ids, window)
 
     @torch.no_grad()
-    def round(self, layer: DecoderLayer) -> dict[LinearWeight, dict[str, Tensor]]:
-        """What the format keeps of each linear layer; stacks have a leading axis of groups.
+    def round(self, layer: DecoderLayer, linears: Collection[LinearWeight]) -> dict[LinearWeight, dict[str, Tensor]]:
+        """What the format keeps of each of these linear layers; stacks have a leading axis of groups.
 
-        ConfigError where linear layers run fused, CheckpointError where the text gives numbers that are not finite.
+        ConfigError where one runs fused, CheckpointError where the text gives numbers that are not finite.
         """
         run = _LayerRun(layer, self._build, self._num_layers)
-        found, self._pieces = _calibrate_layer(run, self._pieces, self._scheme, self._gain_dtype)
+        found, self._pieces = _calibrate_layer(run, linears, self._pieces, self._scheme, self._gain_dtype)
         self._num_done += 1
         if not all(bool(piece.hidden.isfinite().all()) for piece in self._pieces):
             raise CheckpointError(
@@ -116,7 +116,12 @@ def calibrate(
     kept: dict[str, dict[str, Tensor]] = {}
     for layer in decoder.layers:
         assert isinstance(layer, DecoderLayer)
-        kept.update({names[linear]: stored for linear, stored in calibration.round(layer).items()})
+        linears = [
+            module
+            for module in layer.modules()
+            if isinstance(module, Linear | GroupedLinear) and module.format is build.format
+        ]
+        kept.update({names[linear]: stored for linear, stored in calibration.round(layer, linears).items()})
     return kept
 
 
@@ -165,11 +170,15 @@ class _LayerRun:
 
 
 def _calibrate_layer(
-    run: _LayerRun, pieces: list[Piece], scheme: Scheme, gain_dtype: torch.dtype
+    run: _LayerRun,
+    chosen: Collection[LinearWeight],
+    pieces: list[Piece],
+    scheme: Scheme,
+    gain_dtype: torch.dtype,
 ) -> tuple[dict[LinearWeight, dict[str, Tensor]], list[Piece]]:
     """What is kept of the layer's linear layers, and the pieces as the rounded layer leaves them."""
-    linears = _in_order(run, pieces)
-    _smooth_layer(run, pieces, scheme, gain_dtype)
+    linears = _in_order(run, chosen, pieces)
+    _smooth_layer(run, linears, pieces, scheme, gain_dtype)
     kept: dict[LinearWeight, dict[str, Tensor]] = {}
     with _rounded_inputs(linears, scheme) as rounding:
         for linear in linears:
@@ -180,22 +189,24 @@ def _calibrate_layer(
     return kept, [Piece(x, piece.positions, piece.context) for x, piece in zip(outputs, pieces, strict=True)]
 
 
-def _smooth_layer(run: _LayerRun, pieces: list[Piece], scheme: Scheme, gain_dtype: torch.dtype) -> None:
+def _smooth_layer(
+    run: _LayerRun, linears: Sequence[LinearWeight], pieces: list[Piece], scheme: Scheme, gain_dtype: torch.dtype
+) -> None:
+    """Folds touch only what will be written anew: layers that are rounded, and norms."""
     if scheme.factors is None:
         return
-    folds = find_folds(run.layer, gain_dtype)
+    found = find_folds(run.layer, gain_dtype)
+    folds = [fold for fold in found if fold.linear in linears and fold.producer in (None, *linears)]
     statistics = _collect(run, pieces, [fold.linear for fold in folds])
     for fold in folds:
         smooth(fold, statistics[fold.linear][0], scheme.factors, scheme.grid, Search(scheme.search, scheme.round_input))
 
 
-def _in_order(run: _LayerRun, pieces: Sequence[Piece]) -> list[Linear | GroupedLinear]:
-    """The layer's linear layers that a precision may touch, as they are first called; ConfigError if one is not."""
-    linears = [
-        module
-        for module in run.layer.modules()
-        if isinstance(module, Linear | GroupedLinear) and module.format is run.build.format
-    ]
+def _in_order(
+    run: _LayerRun, chosen: Collection[LinearWeight], pieces: Sequence[Piece]
+) -> list[Linear | GroupedLinear]:
+    """These linear layers as they are first called; ConfigError if one is not."""
+    linears = [module for module in chosen if isinstance(module, Linear | GroupedLinear)]
     called: dict[nn.Module, None] = {}
     hooks = [linear.register_forward_pre_hook(lambda module, _: called.setdefault(module)) for linear in linears]
     next(run(pieces[:1]))

@@ -47,9 +47,13 @@ def _centred(factors: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Fold:
-    """A layer whose inputs can be divided. exact: s -> the nearest factors that the producer can carry; divide: it."""
+    """A layer whose inputs can be divided. exact: s -> the nearest factors that the producer can carry; divide: it.
+
+    producer: the linear layer whose rows are divided, None where a norm's gains are.
+    """
 
     linear: Linear
+    producer: Linear | None
     exact: Callable[[Tensor], Tensor]
     divide: Callable[[Tensor], None]
 
@@ -90,7 +94,7 @@ def _fold_norm(norm: nn.Module, linear: Linear, gain_dtype: torch.dtype) -> Fold
     def divide(factors: Tensor) -> None:
         gain.copy_(gain.float() / factors)
 
-    return Fold(linear, exact, divide)
+    return Fold(linear, None, exact, divide)
 
 
 def _fold_rows(producer: Linear, linear: Linear) -> Fold:
@@ -101,7 +105,7 @@ def _fold_rows(producer: Linear, linear: Linear) -> Fold:
     def divide(factors: Tensor) -> None:
         weight[first:] = weight[first:].float() / factors.unsqueeze(1)
 
-    return Fold(linear, lambda factors: factors, divide)
+    return Fold(linear, producer, lambda factors: factors, divide)
 
 
 @dataclass(frozen=True, slots=True)

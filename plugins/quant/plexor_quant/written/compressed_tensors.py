@@ -48,7 +48,7 @@ class CompressedTensors:
         choice = f"{fitting[0]} or another precision" if fitting else "a precision with a scale for each channel"
         return (
             f"has {in_features} input features, which groups of {size} do not divide, as checkpoints in the layout of "
-            f"compressed-tensors must: choose {choice}"
+            f"compressed-tensors must: choose {choice}, or leave such layers out with --dense"
         )
 
     def tensors(self, stored: Mapping[str, Tensor], in_features: int) -> dict[str, Tensor]:
