@@ -38,6 +38,7 @@ def run(arguments: argparse.Namespace, catalog: Catalog) -> int:
     if layout is not None:
         why = "chosen to keep them" if asked.precision == "auto" else "asked for"
         print(f"weights are stored quantised in the layout {layout.name}; precision {config.precision} was {why}")
+        print(f"linear layers: {'; '.join(f'{count} {text}' for text, count in plan.formats)}")
     print(f"context {plan.max_length:,}, vocabulary {plan.vocab_size:,}\n")
     print_choices(plan.choices)
     print("\nmemory of one rank")

@@ -25,6 +25,9 @@ class DenseFormat:
         }
     )
 
+    def __str__(self) -> str:
+        return "dense"
+
     def storage(self, shape: LinearShape, dtype: torch.dtype) -> tuple[Stored, ...]:
         return (Stored("weight", (shape.out_features, shape.in_features), dtype, 0, 1),)
 

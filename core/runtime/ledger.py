@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from plexor.checkpoint.folder import ModelFolder
 from plexor.config import EngineConfig
 from plexor.extension.catalog import Catalog
 from plexor.kernels.table import Choice
+from plexor.model.linear import LinearWeight
 from plexor.runtime.footprint import activation_bytes, table_bytes
 from plexor.runtime.graphs import decode_buckets
 from plexor.runtime.kv_cache import block_bytes, cpu_cache_bytes, machine_bytes
@@ -28,12 +30,16 @@ class LedgerLine:
 
 @dataclass(frozen=True, slots=True)
 class RunPlan:
-    """What `plexor explain` prints."""
+    """What `plexor explain` prints.
+
+    formats: how linear layers and expert stacks are kept, and how many are.
+    """
 
     device_name: str
     dtype: str
     max_length: int
     vocab_size: int
+    formats: tuple[tuple[str, int], ...]
     choices: tuple[Choice, ...]
     lines: tuple[LedgerLine, ...]
     verdict: str
@@ -84,10 +90,16 @@ def count_run(config: EngineConfig, built: BuiltModel) -> RunPlan:
         str(built.build.dtype).removeprefix("torch."),
         max_length,
         built.config.vocab_size,
+        _formats(built),
         built.build.table.choices,
         lines,
         _verdict(left, num_blocks, cached, max_length),
     )
+
+
+def _formats(built: BuiltModel) -> tuple[tuple[str, int], ...]:
+    layers = (module for module in built.module.modules() if isinstance(module, LinearWeight))
+    return tuple(Counter(str(layer.format) for layer in layers).most_common())
 
 
 def _graphs_note(num_sequences: int) -> str:

@@ -6,8 +6,8 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from plexor import Engine, EngineConfig, SamplingParams
 from plexor.api import Catalog, CheckpointError, DenseFormat, GroupedLinear, Linear
-from plexor.testing.architecture import expected_tokens, load_model, random_prompts
+from plexor.testing.architecture import ONE_RANK, expected_tokens, load_model, random_prompts
 from plexor.testing.checkpoints import write_checkpoint
 
 CATALOG = Catalog.load()
@@ -452,6 +452,126 @@ def test_explain_says_the_layout_and_why(plain: Path, tmp_path: Path) -> None:
         command = [sys.executable, "-m", "plexor", "explain", str(stored), "--device", "cpu", *given]
         said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         assert f"stored quantised in the layout GPTQ; precision {why}" in said
+
+
+def test_explain_counts_layers_by_how_they_are_kept(plain: Path, tmp_path: Path) -> None:
+    """Also where one of the parts that a layer merges is ignored: it is dense, as its parts have no form in common."""
+    folder = write_mixed(plain, tmp_path, ignored=("layers.0.self_attn.q_proj", "layers.1.mlp.down_proj"))[0]
+    command = [sys.executable, "-m", "plexor", "explain", str(folder), "--device", "cpu"]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert "linear layers: 6 int4_wo, groups of 64, zero points; 2 dense\n" in said
+
+
+def write_mixed(plain: Path, folder: Path, ignored: Sequence[str], eight: Sequence[str] = ()) -> tuple[Path, Path]:
+    """Asymmetric 4-bit layers but for those that are ignored or have eight bits, and the dense model that it means."""
+    four, bytes_ = packed4(64, False), packed8
+    quantization = ct(weights("int", 4, "group", group_size=64, symmetric=False), "pack-quantized")
+    quantization["ignore"] = [*quantization["ignore"], *(f"model.{name}" for name in ignored)]
+    targets = [f"re:.*{name.replace('.', '[.]')}$" for name in eight]
+    group = {"targets": targets, "weights": weights("int", 8, "channel"), "input_activations": None}
+    quantization["config_groups"]["group_1"] = group
+    stored: Tensors = {}
+    dense: Tensors = {}
+    for name, tensor in read_tensors(plain).items():
+        hit = LAYERS.fullmatch(name)
+        if hit is None or any(name == f"model.{each}.weight" for each in ignored):
+            stored[name] = dense[name] = tensor
+            continue
+        pack = bytes_ if any(each in name for each in eight) else four
+        tensors, dense[name] = pack(tensor)
+        stored |= {f"{hit[1]}.{last}": each for last, each in tensors.items()}
+    return write_like(plain, folder / "s", stored, quantization), write_like(plain, folder / "d", dense, None)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_layers_are_kept_each_in_its_own_way(ranks: int, plain: Path, tmp_path: Path) -> None:
+    ignored = ("layers.0.self_attn.q_proj", "layers.1.mlp.down_proj")
+    stored, dense = write_mixed(plain, tmp_path, ignored, eight=("0.mlp.gate_proj", "0.mlp.up_proj", "1.mlp.up_proj"))
+    with Engine(config=EngineConfig(model=str(stored), device="cpu", num_blocks=8)) as engine:
+        assert engine.config.precision == "int4_wo_g64"
+    kept = load_model(stored, precision="int4_wo_g64").module
+    formats = {key: str(module.format) for key, module in kept.named_modules() if isinstance(module, Linear)}
+    four = "int4_wo, groups of 64, zero points"
+    assert formats == {
+        "layers.0.attention.qkv": "dense",
+        "layers.0.attention.out": four,
+        "layers.0.feed_forward.gate_up": "int8_wo",
+        "layers.0.feed_forward.down": four,
+        "layers.1.attention.qkv": four,
+        "layers.1.attention.out": four,
+        "layers.1.feed_forward.gate_up": "dense",
+        "layers.1.feed_forward.down": "dense",
+    }
+    prompts = random_prompts(CONFIG["vocab_size"], (5, 9))
+    assert answers(stored, prompts, "auto", ranks=ranks) == expected_tokens(dense, prompts, 8)
+
+
+@pytest.mark.parametrize("precision", ["int4_wo", "fp8"])
+def test_another_precision_rounds_ignored_layers_too(precision: str, plain: Path, tmp_path: Path) -> None:
+    stored, _ = write_mixed(plain, tmp_path, ignored=("layers.1.mlp.down_proj",))
+    kept = load_model(stored, precision=precision).module
+    assert len({str(module.format) for module in kept.modules() if isinstance(module, Linear)}) == 1
+
+
+@pytest.mark.parametrize("name", ["gptq ordered", "w4a16 ordered"])
+def test_a_row_share_of_weights_in_activation_order_is_dense(name: str, plain: Path, tmp_path: Path) -> None:
+    """Groups are spread over the ranks; layers whose outputs are shared out are kept."""
+    stored, dense = write_layout(LAYOUTS[name], plain, tmp_path)
+    precision = LAYOUTS[name].precision
+    kept = load_model(stored, precision=precision, mesh=replace(ONE_RANK, rank=1, size=2)).module
+    is_dense = {key.rpartition(".")[2]: isinstance(module.format, DenseFormat) for key, module in linears(kept)}
+    assert is_dense == {"qkv": False, "out": True, "gate_up": False, "down": True}
+    prompts = random_prompts(CONFIG["vocab_size"], (5, 9))
+    assert answers(stored, prompts, "auto", ranks=2) == expected_tokens(dense, prompts, 8)
+
+
+def linears(module: torch.nn.Module) -> list[tuple[str, Linear]]:
+    return [(key, layer) for key, layer in module.named_modules() if isinstance(layer, Linear)]
+
+
+def test_blocks_that_a_rank_parts_are_kept_row_by_row(tmp_path: Path) -> None:
+    """Queries of 128 rows are whole blocks, keys and values of 64 are not, and 192 rows of a feed-forward are not."""
+    plain = tmp_path / "plain"
+    write_checkpoint(plain, "LlamaForCausalLM", transformers.LlamaConfig(**CONFIG))
+    stored, _ = write_layout(LAYOUTS["block fp8"], plain, tmp_path)
+    kept = load_model(stored, precision="fp8_block", mesh=replace(ONE_RANK, size=2)).module
+    formats = {key.rpartition(".")[2]: str(module.format) for key, module in linears(kept)}
+    assert formats == {
+        "qkv": "fp8 in blocks of 1 x 128",
+        "out": "fp8 in blocks of 128 x 128",
+        "gate_up": "fp8 in blocks of 1 x 128",
+        "down": "dense",
+    }
+
+
+def test_one_scale_for_all_inputs_is_kept_where_the_parts_agree(plain: Path, tmp_path: Path) -> None:
+    stored, _ = write_layout(LAYOUTS["static fp8"], plain, tmp_path)
+    tensors = load_file(stored / "model.safetensors")
+    tensors["model.layers.0.self_attn.k_proj.input_scale"] *= 2
+    save_file(tensors, stored / "model.safetensors")
+    kept = dict(linears(load_model(stored, precision="fp8_static").module))
+    assert str(kept["layers.0.attention.qkv"].format) == "fp8"
+    assert str(kept["layers.1.attention.qkv"].format) == "fp8, static scale of the inputs"
+
+
+@pytest.mark.parametrize("name", ["fp8 static", "w8a8 static", "w4a8 static", "fp8 block", "modelopt w4a8"])
+def test_inputs_are_rounded_as_the_checkpoint_asks(name: str, plain: Path, tmp_path: Path) -> None:
+    stored, _ = write_layout(LAYOUTS[name], plain, tmp_path)
+    kept = load_model(stored, precision=LAYOUTS[name].precision).module
+    layer = dict(linears(kept))["layers.1.feed_forward.down"]
+    x = torch.randn(3, 384, generator=torch.Generator().manual_seed(9))
+    x[1, 5] = 40
+    tensors = load_file(stored / "model.safetensors")
+    factor = tensors.get("model.layers.1.mlp.down_proj.pre_quant_scale", torch.ones(384))
+    if name == "fp8 block":
+        scale = x.unflatten(1, (3, 128)).abs().amax(2).repeat_interleave(128, 1) / 448
+        rounded = (x / scale).to(E4M3).float() * scale
+    elif name == "w8a8 static":
+        rounded = (x / INPUT_SCALE).round().clamp(-128, 127) * INPUT_SCALE
+    else:
+        rounded = (x * factor / INPUT_SCALE).clamp(-448, 448).to(E4M3).float() * INPUT_SCALE / factor
+    expected = rounded.double() @ layer.format.dense(layer.stored).double().T
+    torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_unused_scales_are_passed_over(plain: Path, tmp_path: Path) -> None:
