@@ -59,7 +59,7 @@ def test_a_kind_has_its_own_number_of_repetitions(engine: Engine) -> None:
 
 def test_every_figure_stands_beside_its_limit() -> None:
     lines = (LedgerLine("weights", GIB, ""), LedgerLine("KV blocks", 2 * GIB, ""), LedgerLine("left", 9 * GIB, ""))
-    plan = RunPlan("GPU of a kind", "bfloat16", 64, 301, (), lines, "")
+    plan = RunPlan("GPU of a kind", "bfloat16", 64, 301, (), (), lines, "")
     bounds = {DECODE: Bound(0.1, 0.4), PREFILL: Bound(0.05, 0.05), SERVE: Bound(0.1, 0.5), START: Bound(0.1, 0.1)}
     limits = Limits(DeviceRates(1.0, {torch.bfloat16: 1.0}, 1.0, 8), bounds, plan)
     timings = {
