@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from plexor.api import Grid, GroupedMultiply, KernelTable, LinearShape, Multiply, Stored, facts
+from plexor.api import Fusion, Grid, GroupedMultiply, KernelTable, LinearShape, Multiply, Stored, facts
+from plexor_quant.fusions import fused_ops
 
 
 def described(op: str, input_scale: float | None) -> str:
@@ -34,6 +35,10 @@ class PerChannelFormat:
 
     def __str__(self) -> str:
         return described(self.op, self.input_scale)
+
+    @property
+    def fused(self) -> Mapping[Fusion, str]:
+        return fused_ops(self.op)
 
     def storage(self, shape: LinearShape, dtype: torch.dtype) -> tuple[Stored, ...]:
         return (

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from plexor.api import Grid, GroupedMultiply, KernelTable, LinearShape, Multiply, Stored, facts
+from plexor.api import Fusion, Grid, GroupedMultiply, KernelTable, LinearShape, Multiply, Stored, facts
+from plexor_quant.fusions import fused_ops
 from plexor_quant.packing import ZERO, is_odd, num_groups, pack, round_int4, round_uint4, widen
 from plexor_quant.per_channel import described
 
@@ -39,6 +40,12 @@ class PerGroupFormat:
         groups = "of whole rows" if self.group_size is None else f"of {self.group_size}"
         zero = ", zero points" if self.zero_points else ""
         return f"{described(self.op, self.input_scale)}, groups {groups}{zero}"
+
+    @property
+    def fused(self) -> Mapping[Fusion, str]:
+        """Ops that do more than multiply, which find the group size from the number of scales: a power of two, or all."""
+        size = self.group_size
+        return fused_ops(self.op) if size is None or size & (size - 1) == 0 else {}
 
     def storage(self, shape: LinearShape, dtype: torch.dtype) -> tuple[Stored, ...]:
         groups = shape.out_features, num_groups(shape.in_features, self._size(shape.in_features))

@@ -8,6 +8,7 @@ from functools import partial
 
 from plexor import hookimpl
 from plexor.api import Facts, Kernel, KVFormat, Op, Precision, StoredWeights
+from plexor_quant import fusions
 
 _CPU = frozenset({"cpu"})
 _CUDA = frozenset({"cuda"})
@@ -121,7 +122,7 @@ def stored_weights() -> Iterable[StoredWeights]:
 def ops() -> Iterable[Op]:
     formats = ("fp8", "int8", "w4a_fp8", "int8_wo", "int4_wo", "fp8_block", *_STATIC)
     products = tuple(_op(f"{name}_{kind}") for kind in ("linear", "grouped_linear") for name in formats)
-    return products + _sparse24_ops() + _cache_ops()
+    return products + tuple(fusions.ops()) + _sparse24_ops() + _cache_ops()
 
 
 @hookimpl
@@ -151,6 +152,7 @@ def kernels() -> Iterable[Kernel]:
         _on_cpu("int4_wo_linear"),
         _on_cpu("int4_wo_grouped_linear"),
         replace(_on_cpu("int8_paged_attention"), kv_dtypes=frozenset({"int8"})),
+        *fusions.kernels(),
         *_sparse24_kernels(),
         *_stored_kernels(),
     )
