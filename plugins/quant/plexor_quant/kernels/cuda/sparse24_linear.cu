@@ -1,12 +1,14 @@
 // The product of a few rows with a 2:4 weight that is read once: y[T, N] = x[T, K] W[N, K]^T, T <= 8 * TILES_N.
 //
-// A block of threads owns 16 * TILES_M rows of W, and its warps share out the input features, 64 at a time (a chunk):
+// A block of threads takes tiles of 16 * TILES_M rows of W in turn, and its warps share out the input features, 64 at a
+// time (a chunk):
 //
 //   device memory   kept [N, K / 2], index [N, K / 8]    x [T, K]
-//        |  straight into registers, one step ahead, the first    |  only after the previous kernel has ended
-//        v  before the previous kernel has ended                  v
-//   registers       A: rows g and g + 8 of a chunk,          B: a token's chunk, halves of groups exchanged
-//        |          16 bytes a lane (8 of e4m3)                   between neighbours
+//        |  straight into registers, one step ahead, also    |  only after the previous kernel has ended: whole, once,
+//        |  of the next tile; the first before the           v  in the order of the B operand (RESIDENT) ...
+//        v  previous kernel has ended                    shared memory
+//   registers       A: rows g and g + 8 of a chunk,          |  ... or with each step, halves of groups exchanged
+//        |          16 bytes a lane (8 of e4m3)              v  between neighbours, where x is too large for that
 //        v  mma.sp.m16n8k32: the tensor core picks of each four numbers of x the two that the index names
 //   shared memory   one partial sum for each warp -> sum, scale -> device memory
 //
@@ -18,8 +20,8 @@
 // and the nibbles of its index that lanes 2 j (slots 0 to 3) and 2 j + 1 (slots 4 to 7) give are those of groups t, 4 + t,
 // 8 + t and 12 + t, t being the giving lane.
 //
-// The compiler is given: TILES_M (1 or 2), TILES_N (1 or 2), WARPS, CHUNKS (of a step of a warp), HALF (1 for float16, 0
-// for bfloat16) and NARROW_WEIGHT (the weight is e4m3).
+// The compiler is given: TILES_M (1 or 2), TILES_N (1 or 2), WARPS, CHUNKS (of a step of a warp), BLOCKS (of threads that
+// a multiprocessor shall hold), RESIDENT, HALF (1 for float16, 0 for bfloat16) and NARROW_WEIGHT (the weight is e4m3).
 
 struct SparseArguments {
   const void* x;
@@ -44,8 +46,17 @@ struct Fragment {
   uint2 index;  // of the row's sixteen groups
 };
 
+// A lane's eight of the features 0 to 31 and of 32 to 63 of a chunk of x.
+struct Piece {
+  uint4 first;
+  uint4 last;
+};
+
 struct Step {
   Fragment rows[CHUNKS][TILES_M][2];
+#if !RESIDENT
+  Piece x[CHUNKS][TILES_N];
+#endif
 };
 
 __device__ __forceinline__ uint4 load_16(const void* p) {
@@ -61,6 +72,13 @@ __device__ __forceinline__ uint2 load_8(const void* p) {
   return v;
 }
 
+// A sector of 32 bytes holds the index of four chunks: it stays for the warps that take the others.
+__device__ __forceinline__ uint2 load_index(const void* p) {
+  uint2 v;
+  asm volatile("ld.global.nc.v2.b32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
+  return v;
+}
+
 // What an earlier kernel may have written does not go through the read-only path.
 __device__ __forceinline__ uint4 load_x(const void* p) {
   uint4 v;
@@ -72,7 +90,7 @@ __device__ __forceinline__ uint4 load_x(const void* p) {
 __device__ __forceinline__ Fragment load_fragment(const SparseArguments& a, int row, int chunk, int t) {
   Fragment f;
   const long long group = (long long)row * (a.num_inputs / 4) + chunk * 16;
-  f.index = load_8(a.index + group / 2);
+  f.index = load_index(a.index + group / 2);
 #if NARROW_WEIGHT
   const uint2 codes = load_8((const char*)a.weight + 2 * (group + 4 * t));
   f.kept[0] = codes.x, f.kept[1] = codes.y;
@@ -83,19 +101,36 @@ __device__ __forceinline__ Fragment load_fragment(const SparseArguments& a, int 
   return f;
 }
 
-__device__ __forceinline__ void load_step(const SparseArguments& a, Step& step, int first_row, int first_chunk, int lane) {
+__device__ __forceinline__ void load_weight(const SparseArguments& a, Step& step, int tile, int first_chunk, int lane) {
 #pragma unroll
   for (int c = 0; c < CHUNKS; c++) {
-    // Beyond the end the last chunk is loaded once more, and left out of the sum.
+    // Beyond the end the last chunk is loaded once more, and multiplied by zeros.
     const int chunk = min(first_chunk + c, a.num_inputs / CHUNK - 1);
 #pragma unroll
     for (int m = 0; m < TILES_M; m++)
 #pragma unroll
       for (int half = 0; half < 2; half++) {
-        const int row = min(first_row + 16 * m + 8 * half + lane / 4, a.num_outputs - 1);
+        const int row = min(tile * ROWS + 16 * m + 8 * half + lane / 4, a.num_outputs - 1);
         step.rows[c][m][half] = load_fragment(a, row, chunk, lane % 4);
       }
   }
+}
+
+__device__ __forceinline__ void load_tokens(const SparseArguments& a, Step& step, int first_chunk, int lane) {
+#if !RESIDENT
+#pragma unroll
+  for (int c = 0; c < CHUNKS; c++)
+#pragma unroll
+    for (int n = 0; n < TILES_N; n++) {
+      const int token = 8 * n + lane / 4, chunk = first_chunk + c;
+      step.x[c][n] = {};
+      if (chunk < a.num_inputs / CHUNK && token < a.num_rows) {
+        const u16* x = (const u16*)a.x + token * a.x_stride + chunk * CHUNK + 8 * (lane % 4);
+        step.x[c][n].first = load_x(x);
+        step.x[c][n].last = load_x(x + 32);
+      }
+    }
+#endif
 }
 
 // e4m3 in four bytes to two pairs of x's dtype, in their order.
@@ -126,6 +161,43 @@ struct Tokens {
   u32 pair[2][4];  // halves of the groups of features 0 to 31 and of 32 to 63 that this lane gives
 };
 
+__device__ __forceinline__ uint4 scaled_x(uint4 v) {
+#if NARROW_WEIGHT && !HALF
+  u32* words = (u32*)&v;
+#pragma unroll
+  for (int i = 0; i < 4; i++) asm("mul.rn.bf16x2 %0, %0, %1;" : "+r"(words[i]) : "r"(0x5D805D80u));  // 2^60
+#endif
+  return v;
+}
+
+#if RESIDENT
+// Numbers from one token's x to the next: 16 bytes more, so that two tokens' are in different banks.
+__device__ __forceinline__ int token_stride(const SparseArguments& a) { return a.num_inputs + 8; }
+
+// A chunk of a token becomes 32 bytes for each lane t: what it gives of the first 32 features, then of the others.
+__device__ __forceinline__ void keep_tokens(const SparseArguments& a, u16* kept) {
+  const int pieces = a.num_inputs / 8;
+#pragma unroll 8
+  for (int i = threadIdx.x; i < a.num_rows * pieces; i += WARPS * 32) {
+    const int token = i / pieces, feature = i % pieces * 8, place = feature % CHUNK / 8;
+    const uint4 v = scaled_x(load_x((const u16*)a.x + token * a.x_stride + feature));
+    u16* target = kept + token * token_stride(a) + feature / CHUNK * CHUNK;
+    target += 32 * (place / 2 % 2) + 8 * (place / 4) + 4 * (place % 2);  // of lane t = 2 * (place / 2 % 2)
+    *(uint2*)target = make_uint2(v.x, v.z);
+    *(uint2*)(target + 16) = make_uint2(v.y, v.w);
+  }
+}
+
+__device__ __forceinline__ Tokens take_tokens(const SparseArguments& a, const u16* kept, int token, int chunk, int lane) {
+  Tokens tokens = {};
+  if (chunk < a.num_inputs / CHUNK && token < a.num_rows) {
+    const uint4* source = (const uint4*)(kept + token * token_stride(a) + chunk * CHUNK + 16 * (lane % 4));
+    *(uint4*)tokens.pair[0] = source[0];
+    *(uint4*)tokens.pair[1] = source[1];
+  }
+  return tokens;
+}
+#else
 // x of one token: 32 features, of which the lane has eight, so that it gets the half t % 2 of each of four groups.
 __device__ __forceinline__ void exchange(u32* pairs, uint4 v, bool second) {
   const u32 own_first = second ? v.y : v.x, own_last = second ? v.w : v.z;
@@ -137,28 +209,13 @@ __device__ __forceinline__ void exchange(u32* pairs, uint4 v, bool second) {
   pairs[3] = second ? own_last : last;
 }
 
-__device__ __forceinline__ uint4 scaled_x(uint4 v) {
-#if NARROW_WEIGHT && !HALF
-  u32* words = (u32*)&v;
-#pragma unroll
-  for (int i = 0; i < 4; i++) asm("mul.rn.bf16x2 %0, %0, %1;" : "+r"(words[i]) : "r"(0x5D805D80u));  // 2^60
-#endif
-  return v;
-}
-
-__device__ __forceinline__ Tokens load_tokens(const SparseArguments& a, int token, int chunk, int lane, bool inside) {
-  const int t = lane % 4;
-  uint4 first = {}, last = {};
-  if (inside && token < a.num_rows) {
-    const u16* x = (const u16*)a.x + token * a.x_stride + chunk * CHUNK + 8 * t;
-    first = scaled_x(load_x(x));
-    last = scaled_x(load_x(x + 32));
-  }
+__device__ __forceinline__ Tokens exchanged(const Piece& x, int lane) {
   Tokens tokens;
-  exchange(tokens.pair[0], first, t & 1);
-  exchange(tokens.pair[1], last, t & 1);
+  exchange(tokens.pair[0], scaled_x(x.first), lane & 1);
+  exchange(tokens.pair[1], scaled_x(x.last), lane & 1);
   return tokens;
 }
+#endif
 
 // j: which of the two instructions of a chunk, and which lanes give its index.
 template <int j>
@@ -185,46 +242,11 @@ __device__ __forceinline__ void widen_fragment(u32* pairs, const Fragment& f) {
 #endif
 }
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32) sparse24_linear(const __grid_constant__ SparseArguments a) {
-  __shared__ float partial[WARPS][SUMS];
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int first_row = blockIdx.x * ROWS, num_chunks = a.num_inputs / CHUNK;
-  let_next_kernel_start();
-  Step step;
-  load_step(a, step, first_row, warp * CHUNKS, lane);
-  wait_for_previous_kernel();
-  float sums[TILES_M][TILES_N][4] = {};
-  for (int first = warp * CHUNKS; first < num_chunks; first += WARPS * CHUNKS) {
-    Step next;
-    if (first + WARPS * CHUNKS < num_chunks) load_step(a, next, first_row, first + WARPS * CHUNKS, lane);
-#pragma unroll
-    for (int c = 0; c < CHUNKS; c++) {
-      Tokens tokens[TILES_N];
-#pragma unroll
-      for (int n = 0; n < TILES_N; n++)
-        tokens[n] = load_tokens(a, 8 * n + lane / 4, first + c, lane, first + c < num_chunks);
-#pragma unroll
-      for (int m = 0; m < TILES_M; m++) {
-        u32 low_row[4], high_row[4];
-        widen_fragment(low_row, step.rows[c][m][0]);
-        widen_fragment(high_row, step.rows[c][m][1]);
-        const u32 index = __byte_perm(
-            own_nibbles(step.rows[c][m][0].index, lane % 4), own_nibbles(step.rows[c][m][1].index, lane % 4), 0x5410);
-#pragma unroll
-        for (int n = 0; n < TILES_N; n++) {
-          mma_sparse<0>(sums[m][n], low_row, high_row, tokens[n], index);
-          mma_sparse<1>(sums[m][n], low_row, high_row, tokens[n], index);
-        }
-      }
-    }
-    step = next;
-  }
-#pragma unroll
-  for (int i = 0; i < TILES_M * TILES_N * 4; i++) partial[warp][i * 32 + lane] = (&sums[0][0][0])[i];
-  __syncthreads();
+// One partial sum for each warp -> y.
+__device__ __forceinline__ void finish(const SparseArguments& a, int tile, const float (*partial)[SUMS]) {
   for (int place = threadIdx.x; place < SUMS; place += WARPS * 32) {
     const int owner = place % 32, i = place / 32 % 4, n = place / 128 % TILES_N, m = place / 128 / TILES_N;
-    const int row = first_row + 16 * m + 8 * (i / 2) + owner / 4, token = 8 * n + 2 * (owner % 4) + i % 2;
+    const int row = tile * ROWS + 16 * m + 8 * (i / 2) + owner / 4, token = 8 * n + 2 * (owner % 4) + i % 2;
     if (row >= a.num_outputs || token >= a.num_rows) continue;
     float sum = 0;
 #pragma unroll
@@ -233,5 +255,65 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) sparse24_linear(const _
     sum *= a.scale[row] * UNDONE;
 #endif
     ((u16*)a.y)[(long long)token * a.num_outputs + row] = narrow(sum);
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
+    sparse24_linear(const __grid_constant__ SparseArguments a) {
+  extern __shared__ __align__(16) u16 kept_x[];
+  __shared__ float partial[2][WARPS][SUMS];  // of two tiles: a barrier less
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int num_chunks = a.num_inputs / CHUNK, num_tiles = (a.num_outputs + ROWS - 1) / ROWS;
+  const int first_chunk = warp * CHUNKS;
+  let_next_kernel_start();
+  Step step;
+  if (first_chunk < num_chunks) load_weight(a, step, blockIdx.x, first_chunk, lane);
+  wait_for_previous_kernel();
+#if RESIDENT
+  keep_tokens(a, kept_x);
+  __syncthreads();
+#endif
+  load_tokens(a, step, first_chunk, lane);
+  int buffer = 0;
+  for (int tile = blockIdx.x; tile < num_tiles; tile += gridDim.x, buffer ^= 1) {
+    float sums[TILES_M][TILES_N][4] = {};
+    for (int chunk = first_chunk; chunk < num_chunks; chunk += WARPS * CHUNKS) {
+      const bool last = chunk + WARPS * CHUNKS >= num_chunks;
+      const int next_tile = last ? tile + gridDim.x : tile, next_chunk = last ? first_chunk : chunk + WARPS * CHUNKS;
+      Step next;
+      if (next_tile < num_tiles) {
+        load_weight(a, next, next_tile, next_chunk, lane);
+        load_tokens(a, next, next_chunk, lane);
+      }
+#pragma unroll
+      for (int c = 0; c < CHUNKS; c++) {
+        Tokens tokens[TILES_N];
+#pragma unroll
+        for (int n = 0; n < TILES_N; n++)
+#if RESIDENT
+          tokens[n] = take_tokens(a, kept_x, 8 * n + lane / 4, chunk + c, lane);
+#else
+          tokens[n] = exchanged(step.x[c][n], lane);
+#endif
+#pragma unroll
+        for (int m = 0; m < TILES_M; m++) {
+          u32 low_row[4], high_row[4];
+          widen_fragment(low_row, step.rows[c][m][0]);
+          widen_fragment(high_row, step.rows[c][m][1]);
+          const u32 index = __byte_perm(
+              own_nibbles(step.rows[c][m][0].index, lane % 4), own_nibbles(step.rows[c][m][1].index, lane % 4), 0x5410);
+#pragma unroll
+          for (int n = 0; n < TILES_N; n++) {
+            mma_sparse<0>(sums[m][n], low_row, high_row, tokens[n], index);
+            mma_sparse<1>(sums[m][n], low_row, high_row, tokens[n], index);
+          }
+        }
+      }
+      step = next;
+    }
+#pragma unroll
+    for (int i = 0; i < TILES_M * TILES_N * 4; i++) partial[buffer][warp][i * 32 + lane] = (&sums[0][0][0])[i];
+    __syncthreads();
+    finish(a, tile, partial[buffer]);
   }
 }

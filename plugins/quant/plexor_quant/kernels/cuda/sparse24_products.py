@@ -11,8 +11,11 @@ from torch import Tensor
 
 from plexor.api import LINEAR_HEADER, Program, load_program, num_multiprocessors
 
-MAX_ROWS = 32
+MAX_ROWS = 16
 """Rows of x that are streamed to: with more, x takes more of the L2's bandwidth than the weight."""
+
+RESIDENT_BYTES = 96 << 10
+"""Of x that a block of threads keeps in shared memory: two blocks share a multiprocessor's."""
 
 CHUNK = 64
 ALIGNMENT = 16
@@ -52,20 +55,21 @@ class WidenArguments(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """tiles: of 16 weight rows that a block of threads owns. warps: of a block. chunks: of 64 features that a warp
-    takes at once.
+    """tiles: of 16 weight rows that a block of threads takes at once. warps: of a block. chunks: of 64 features that a
+    warp takes at once. blocks: that a multiprocessor shall hold.
     """
 
     tiles: int
     warps: int
     chunks: int
+    blocks: int
 
 
 def cut_for(num_rows: int, itemsize: int) -> Cut:
     """Rows of x are shared by the weight rows of a block: more of these where there are many of those."""
     if num_rows <= 2:
-        return Cut(1, 8, 2 if itemsize == 2 else 4)
-    return Cut(2, 8, 1 if itemsize == 2 else 2)
+        return Cut(1, 8, 4 // itemsize, 2)
+    return Cut(2, 8, 2 // itemsize, 2)
 
 
 def streams(x: Tensor, kept: Tensor, index: Tensor) -> bool:
@@ -98,23 +102,29 @@ def stream(x: Tensor, kept: Tensor, index: Tensor, scale: Tensor | None, cut: Cu
         num_outputs,
         num_inputs,
     )
-    program = stream_program(cut, num_rows, x.dtype, kept.dtype)
-    program.launch(-(-num_outputs // (16 * cut.tiles)), (arguments,))
+    program = stream_program(cut, x, kept.dtype)
+    num_tiles = -(-num_outputs // (16 * cut.tiles))
+    program.launch(min(num_tiles, cut.blocks * num_multiprocessors(x)), (arguments,))
     return y
 
 
-def stream_program(cut: Cut, num_rows: int, dtype: torch.dtype, weight_dtype: torch.dtype) -> Program:
+def stream_program(cut: Cut, x: Tensor, weight_dtype: torch.dtype) -> Program:
+    num_rows, num_inputs = x.shape
+    resident_bytes = num_rows * (num_inputs + 8) * 2  # token_stride of sparse24_linear.cu
+    resident = resident_bytes <= RESIDENT_BYTES
     defines = {
         "TILES_M": cut.tiles,
-        "TILES_N": 1 if num_rows <= 8 else 2 if num_rows <= 16 else 4,
+        "TILES_N": 1 if num_rows <= 8 else 2,
         "WARPS": cut.warps,
         "CHUNKS": cut.chunks,
-        "HALF": dtype == torch.float16,
+        "BLOCKS": cut.blocks,
+        "RESIDENT": resident,
+        "HALF": x.dtype == torch.float16,
         "NARROW_WEIGHT": weight_dtype == torch.float8_e4m3fn,
         "EPILOGUE": 0,
         "NARROW": 0,
     }
-    return load_program((LINEAR_HEADER, _STREAM), defines, cut.warps * 32, 0)
+    return load_program((LINEAR_HEADER, _STREAM), defines, cut.warps * 32, resident_bytes if resident else 0)
 
 
 def widens(x: Tensor, kept: Tensor, index: Tensor) -> bool:
