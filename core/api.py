@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     )
     from plexor.kernels.cuda.program import LINEAR_HEADER, STREAM_HEADER, Program, load_program, tensor_map
     from plexor.kernels.cuda.refusal import refuses_tiles
-    from plexor.kernels.cuda.tiled_layout import TiledCut
+    from plexor.kernels.cuda.tiled_layout import TiledCut, tiled_cut_for
     from plexor.kernels.cuda.tiled_linear import TiledLinear, TiledScales
     from plexor.kernels.op import Sample
     from plexor.kernels.reference.paged_attention import dense_attention, sequence_entries, visible_positions
@@ -135,7 +135,7 @@ _HOMES = {
     ),
     "plexor.kernels.cuda.program": ("LINEAR_HEADER", "STREAM_HEADER", "Program", "load_program", "tensor_map"),
     "plexor.kernels.cuda.refusal": ("refuses_tiles",),
-    "plexor.kernels.cuda.tiled_layout": ("TiledCut",),
+    "plexor.kernels.cuda.tiled_layout": ("TiledCut", "tiled_cut_for"),
     "plexor.kernels.cuda.tiled_linear": ("TiledLinear", "TiledScales"),
     "plexor.kernels.op": ("Sample",),
     "plexor.kernels.reference.paged_attention": ("dense_attention", "sequence_entries", "visible_positions"),
@@ -301,6 +301,7 @@ __all__ = [
     "sequence_entries",
     "silu_mul",
     "tensor_map",
+    "tiled_cut_for",
     "under",
     "visible_positions",
     "wait",
