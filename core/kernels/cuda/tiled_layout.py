@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import product as every
 
 import torch
 
@@ -77,3 +78,40 @@ def instruction(columns: int, dtype: torch.dtype) -> str:
 def piece_rows(outputs: int, pair: int) -> int:
     """Weight rows of one copy: rows that belong together lie at one distance within blocks of 2 * pair rows."""
     return 2 * math.gcd(outputs // 2, pair)
+
+
+def tiled_cut_for(
+    num_rows: int, num_outputs: int, num_boxes: int, pair: int | None, num_multiprocessors: int
+) -> TiledCut | None:
+    """The cut that a model of the GPU's limits expects to be quickest; None if none fits."""
+    cuts = (TiledCut(*numbers) for numbers in every(_OUTPUTS, _SPLITS, _SHARES))
+    fitting = [cut for cut in cuts if cut.fits(num_rows, num_outputs, num_boxes, pair)]
+    return min(
+        fitting, key=lambda cut: _clocks(cut, num_rows, num_outputs, num_boxes, num_multiprocessors), default=None
+    )
+
+
+_OUTPUTS = (32, 64, 96, 112, 128, 192, 224, 256)
+_SPLITS = (1, 2, 3, 4)
+_SHARES = (1, 2)
+# Bytes in a clock, of all multiprocessors but for the first: what one takes in, what the L2 gives, what memory gives.
+_INTO_ONE, _FROM_L2, _FROM_MEMORY = 48, 3900, 2600
+_BEGIN_AND_END = 3000
+"""Clocks of a block, besides its stages."""
+_JOINT = 1500
+"""Clocks for sums that are added up over a cluster."""
+
+
+def _clocks(cut: TiledCut, num_rows: int, num_outputs: int, num_boxes: int, num_multiprocessors: int) -> float:
+    tokens = tokens_for(num_rows)
+    num_blocks = -(-num_outputs // cut.outputs) * -(-num_rows // tokens) * cut.split
+    rounds = -(-num_blocks // (num_multiprocessors // (cut.split * cut.share) * cut.split * cut.share))
+    at_once = num_blocks / rounds
+    x_bytes, weight_bytes = min(num_rows, tokens) * 2 * BOX, cut.outputs * 2 * BOX
+    stage = max(
+        tokens * cut.outputs / 32,  # of the tensor cores
+        (x_bytes + weight_bytes) / _INTO_ONE,
+        (x_bytes / cut.share + weight_bytes) * at_once / _FROM_L2,
+        weight_bytes * at_once / _FROM_MEMORY if num_rows <= tokens else 0.0,
+    )
+    return rounds * num_boxes / cut.split * stage + _BEGIN_AND_END + (_JOINT if cut.split > 1 else 0)

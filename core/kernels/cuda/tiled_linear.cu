@@ -17,7 +17,8 @@
 // teams take a part of k each, and each finishes a part of the tile.
 //
 // The compiler is given: THREADS (320, or 384 where those who multiply need more registers than an even share), TOKENS
-// (64, 128, 256), X_ROWS (of them that are copied), OUTPUTS, PIECE (weight rows of a copy), SPLIT, SHARE, SUM (the type of a sum), MULTIPLY(sums, a, b, adds) (64 tokens and COLUMNS weight rows over 32 bytes of
+// (64, 128, 256), X_ROWS (of them that are copied), OUTPUTS, PIECE (weight rows of a copy), SPLIT, SHARE, QUADS (whether lanes trade
+// numbers so that each stores sixteen bytes), SUM (the type of a sum), MULTIPLY(sums, a, b, adds) (64 tokens and COLUMNS weight rows over 32 bytes of
 // k), SCALED, HALF, EPILOGUE and NARROW.
 
 constexpr int CONSUMERS = 256;
@@ -163,7 +164,7 @@ __device__ __forceinline__ Extras load_extras(
 #pragma unroll
   for (int t = 0; t < 2; t++) {
     if (!tokens[t].inside) continue;
-#if EPILOGUE == ADD
+#if EPILOGUE == ADD && !QUADS
     const u16* residual = (const u16*)a.residual + (m + t * 8) * a.residual_stride + row;
     extras.residual[t][0] = *(const u32*)residual;
     extras.residual[t][1] = *(const u32*)(residual + a.pair);
@@ -176,33 +177,56 @@ __device__ __forceinline__ Extras load_extras(
   return extras;
 }
 
+// Adjacent numbers in the dtype of y, two to a word.
+template <int WORDS>
+__device__ __forceinline__ void put(void* target, const u32* words) {
+  if (WORDS == 4)
+    *(uint4*)target = make_uint4(words[0], words[1], words[2], words[3]);
+  else
+    *(u32*)target = words[0];
+}
+
 #if EPILOGUE == ROTARY
-__device__ __forceinline__ void store_entries(void* cache, long long index, float low, float high) {
-  const u32 two = narrow_two(low, high);
-#if NARROW
+__device__ __forceinline__ u32 narrow_word(u32 two) {
   u16 bits;
   asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(bits) : "f"(widen_high(two)), "f"(widen_low(two)));
-  *(u16*)((unsigned char*)cache + index) = bits;
+  return bits;
+}
+
+template <int WORDS>
+__device__ __forceinline__ void put_entry(void* cache, long long index, const u32* words) {
+#if NARROW
+  unsigned char* target = (unsigned char*)cache + index;
+  if (WORDS == 4)
+    *(uint2*)target = make_uint2(
+        narrow_word(words[0]) | narrow_word(words[1]) << 16, narrow_word(words[2]) | narrow_word(words[3]) << 16);
+  else
+    *(u16*)target = (u16)narrow_word(words[0]);
 #else
-  *(u32*)((u16*)cache + index) = two;
+  put<WORDS>((u16*)cache + index, words);
 #endif
 }
 
-__device__ __forceinline__ void store_heads(
-    const Arguments& a, const Token& token, int m, int row, float* first, float* second, const float2* turn) {
-  const int half = a.pair, size = 2 * half, head = row / size, feature = row % size;
+// Two adjacent features of a head and their partners, turned unless they are values.
+__device__ __forceinline__ void turn(const Arguments& a, int row, float* first, float* second, const float2* turn) {
+  const bool turns = row / (2 * a.pair) < a.num_heads + a.num_kv_heads;
 #pragma unroll
   for (int e = 0; e < 2; e++) {
     const float low = widen(narrow(first[e])), high = widen(narrow(second[e]));
     const float c = e ? turn[0].y : turn[0].x, s = e ? turn[1].y : turn[1].x;
-    const bool turns = head < a.num_heads + a.num_kv_heads;
     first[e] = turns ? low * c - high * s : low;
     second[e] = turns ? high * c + low * s : high;
   }
+}
+
+template <int WORDS>
+__device__ __forceinline__ void store_heads(
+    const Arguments& a, const Token& token, int m, int row, const u32* first, const u32* second) {
+  const int half = a.pair, size = 2 * half, head = row / size, feature = row % size;
   if (head < a.num_heads) {
     u16* target = (u16*)a.y + m * a.y_stride + row;
-    *(u32*)target = narrow_two(first[0], first[1]);
-    *(u32*)(target + half) = narrow_two(second[0], second[1]);
+    put<WORDS>(target, first);
+    put<WORDS>(target + half, second);
     return;
   }
   if (token.slot < 0) return;
@@ -210,45 +234,119 @@ __device__ __forceinline__ void store_heads(
   const bool is_key = kv_head < a.num_kv_heads;
   void* cache = is_key ? a.keys : a.values;
   const long long entry = token.slot * a.entry_stride + (is_key ? kv_head : kv_head - a.num_kv_heads) * size + feature;
-  store_entries(cache, entry, first[0], first[1]);
-  store_entries(cache, entry + half, second[0], second[1]);
+  put_entry<WORDS>(cache, entry, first);
+  put_entry<WORDS>(cache, entry + half, second);
 }
 #endif
 
 // sums: as wgmma leaves them, of eight columns and of their partners: {token, token + 8} x {column, column + 1}.
+// first, second: what is stored of token t, two columns of each.
+__device__ __forceinline__ void finish(
+    const Arguments& a, const Token& token, int row, const SUM* sums, int t, const Extras& extras, u32& first, u32& second) {
+  float x[2] = {(float)sums[t * 2], (float)sums[t * 2 + 1]};
+  float y[2] = {(float)sums[t * 2 + 4], (float)sums[t * 2 + 5]};
+#if SCALED
+  x[0] *= token.scale * extras.scale[0].x, x[1] *= token.scale * extras.scale[0].y;
+  y[0] *= token.scale * extras.scale[1].x, y[1] *= token.scale * extras.scale[1].y;
+#endif
+  if (a.bias) {
+    x[0] += widen_low(extras.bias[0]), x[1] += widen_high(extras.bias[0]);
+    y[0] += widen_low(extras.bias[1]), y[1] += widen_high(extras.bias[1]);
+  }
+#if EPILOGUE == ADD
+  x[0] += widen_low(extras.residual[t][0]), x[1] += widen_high(extras.residual[t][0]);
+  y[0] += widen_low(extras.residual[t][1]), y[1] += widen_high(extras.residual[t][1]);
+#elif EPILOGUE == GATED
+#pragma unroll
+  for (int e = 0; e < 2; e++) x[e] = x[e] / (1.0f + __expf(-x[e])) * y[e];
+#elif EPILOGUE == ROTARY
+  turn(a, row, x, y, extras.turn[t]);
+#endif
+  first = narrow_two(x[0], x[1]);
+  second = narrow_two(y[0], y[1]);
+}
+
+template <int WORDS>
+__device__ __forceinline__ void store(
+    const Arguments& a, const Token& token, int m, int row, const u32* first, const u32* second) {
+#if EPILOGUE == ROTARY
+  store_heads<WORDS>(a, token, m, row, first, second);
+#else
+  u16* target = (u16*)a.y + m * a.y_stride + row;
+  put<WORDS>(target, first);
+#if EPILOGUE != GATED
+  put<WORDS>(target + a.pair, second);
+#endif
+#endif
+}
+
 __device__ __forceinline__ void store_unit(
     const Arguments& a, const Token* tokens, int m, int row, const SUM* sums, const Extras& extras) {
 #pragma unroll
   for (int t = 0; t < 2; t++) {
-    if (!tokens[t].inside) continue;
-    const int token = m + t * 8;
-    float first[2] = {(float)sums[t * 2], (float)sums[t * 2 + 1]};
-    float second[2] = {(float)sums[t * 2 + 4], (float)sums[t * 2 + 5]};
-#if SCALED
-    first[0] *= tokens[t].scale * extras.scale[0].x, first[1] *= tokens[t].scale * extras.scale[0].y;
-    second[0] *= tokens[t].scale * extras.scale[1].x, second[1] *= tokens[t].scale * extras.scale[1].y;
-#endif
-    if (a.bias) {
-      first[0] += widen_low(extras.bias[0]), first[1] += widen_high(extras.bias[0]);
-      second[0] += widen_low(extras.bias[1]), second[1] += widen_high(extras.bias[1]);
-    }
-#if EPILOGUE == ROTARY
-    store_heads(a, tokens[t], token, row, first, second, extras.turn[t]);
-#elif EPILOGUE == GATED
-#pragma unroll
-    for (int e = 0; e < 2; e++) first[e] = first[e] / (1.0f + __expf(-first[e])) * second[e];
-    *(u32*)((u16*)a.y + token * a.y_stride + row) = narrow_two(first[0], first[1]);
-#else
-#if EPILOGUE == ADD
-    first[0] += widen_low(extras.residual[t][0]), first[1] += widen_high(extras.residual[t][0]);
-    second[0] += widen_low(extras.residual[t][1]), second[1] += widen_high(extras.residual[t][1]);
-#endif
-    u16* target = (u16*)a.y + token * a.y_stride + row;
-    *(u32*)target = narrow_two(first[0], first[1]);
-    *(u32*)(target + a.pair) = narrow_two(second[0], second[1]);
-#endif
+    u32 first, second;
+    finish(a, tokens[t], row, sums, t, extras, first, second);
+    if (tokens[t].inside) store<1>(a, tokens[t], m + t * 8, row, &first, &second);
   }
 }
+
+#if QUADS
+// Lane i of four gives word j to lane j, as its word i.
+__device__ __forceinline__ void transpose(u32* words) {
+  const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
+#pragma unroll
+  for (int i = 0; i < 4; i += 2) {
+    const u32 given = __shfl_xor_sync(~0u, odd ? words[i] : words[i + 1], 1);
+    words[i] = odd ? given : words[i];
+    words[i + 1] = odd ? words[i + 1] : given;
+  }
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const u32 given = __shfl_xor_sync(~0u, high ? words[i] : words[i + 2], 2);
+    words[i] = high ? given : words[i];
+    words[i + 2] = high ? words[i + 2] : given;
+  }
+}
+
+// Four units, one of which each of four lanes loads and stores whole, eight numbers and their partners at once.
+__device__ __forceinline__ void store_quad(
+    const Arguments& a, const Scales& scales, const Token* tokens, int m, int octet, const SUM* sums) {
+  const int lane = threadIdx.x % 4, own_row = first_row(octet + lane, a.pair);
+  const bool inside = own_row < a.num_outputs;
+  Extras extras[4];
+  int rows[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    rows[i] = first_row(octet + i, a.pair) + lane * 2;
+    if (rows[i] < a.num_outputs) extras[i] = load_extras(a, scales, tokens, m, rows[i]);
+  }
+#if EPILOGUE == ADD
+  u32 residual[2][2][4] = {};
+#pragma unroll
+  for (int t = 0; t < 2; t++) {
+    if (!inside || !tokens[t].inside) continue;
+    const u16* place = (const u16*)a.residual + (m + t * 8) * a.residual_stride + own_row;
+    *(uint4*)residual[t][0] = *(const uint4*)place;
+    *(uint4*)residual[t][1] = *(const uint4*)(place + a.pair);
+  }
+#endif
+#pragma unroll
+  for (int t = 0; t < 2; t++) {
+#if EPILOGUE == ADD
+    transpose(residual[t][0]);
+    transpose(residual[t][1]);
+#pragma unroll
+    for (int i = 0; i < 4; i++) extras[i].residual[t][0] = residual[t][0][i], extras[i].residual[t][1] = residual[t][1][i];
+#endif
+    u32 first[4], second[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) finish(a, tokens[t], rows[i], sums + i * 8, t, extras[i], first[i], second[i]);
+    transpose(first);
+    if (EPILOGUE != GATED) transpose(second);
+    if (inside && tokens[t].inside) store<4>(a, tokens[t], m + t * 8, own_row, first, second);
+  }
+}
+#endif
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) tiled_linear(
     const __grid_constant__ TensorMap weight_map, const __grid_constant__ TensorMap x_map,
@@ -369,6 +467,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tiled_linear(
     for (int stripe = 0; stripe < STRIPES; stripe++) {
       const int m = tile_token + own_token + stripe * 64;
       const Token tokens[2] = {load_token(a, scales, m), load_token(a, scales, m + 8)};
+#if QUADS
+#pragma unroll
+      for (int unit = 0; unit < UNITS; unit += 4)
+        store_quad(a, scales, tokens, m, tile_octet + unit, sums + stripe * COLUMNS / 2 + unit * 8);
+#else
 #pragma unroll
       for (int chunk = 0; chunk < UNITS; chunk += CHUNK) {
         Extras extras[CHUNK];
@@ -382,6 +485,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tiled_linear(
         for (int i = 0; i < CHUNK && chunk + i < UNITS; i++)
           if (rows[i] < a.num_outputs) store_unit(a, tokens, m, rows[i], sums + stripe * COLUMNS / 2 + (chunk + i) * 8, extras[i]);
       }
+#endif
     }
   }
 #else

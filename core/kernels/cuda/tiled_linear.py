@@ -65,6 +65,7 @@ class TiledLinear:
             "OUTPUTS": tile.outputs,
             "PIECE": piece,
             "SPLIT": tile.split,
+            "QUADS": tile.split == 1 and columns % 64 == 0 and _lies_in_eights(call),
             "SHARE": tile.share,
             "SUM": "int" if call.x.dtype == torch.int8 else "float",
             "MULTIPLY(d, a, b, adds)": instruction(columns, call.x.dtype),
@@ -96,6 +97,14 @@ class TiledLinear:
             strides = (num_inputs, pair * num_inputs, distance * num_inputs, BOX)
             self._weight_maps[key] = tensor_map(weight, sizes, strides, (BOX, 8, 2, piece // 16, 1))
         return self._weight_maps[key]
+
+
+def _lies_in_eights(call: Call) -> bool:
+    """Whether the residual can be read and the cache written sixteen bytes at a time, as y can."""
+    arguments = call.arguments
+    places = (arguments.residual, arguments.keys, arguments.values)
+    strides = (arguments.residual_stride, arguments.entry_stride)
+    return not any((place or 0) % 16 for place in places) and not any(stride % 8 for stride in strides)
 
 
 def _in_twos(codes: Tensor) -> Tensor:

@@ -13,6 +13,9 @@ from torch import Tensor
 from plexor.api import launch_next, overlaps, wait
 from plexor_quant.rounding import E4M3_MAX, INT8_MAX, SMALLEST_SCALE
 
+MOST_FEATURES = 32768
+"""Of a row that one program can hold."""
+
 LARGEST = {torch.float8_e4m3fn: E4M3_MAX, torch.int8: INT8_MAX}
 """Of the dtypes that codes may have."""
 
