@@ -21,7 +21,7 @@ from torch import Tensor
 
 from plexor.api import Call, Norm, Rotation, added_call, gated_call, product_call, rotated_call
 from plexor_quant.kernels.cuda.coded import Activations, CodedCall, Codes
-from plexor_quant.kernels.cuda.layout import Cut
+from plexor_quant.kernels.cuda.layout import HALF, MOST, WHOLE, Cut
 from plexor_quant.kernels.cuda.stream_coded import StreamCoded, possible
 from plexor_quant.packing import unpack
 
@@ -111,7 +111,8 @@ class Operands:
             return torch.randn(*shape, device=DEVICE, generator=generator).to(dtype)
 
         self.op, self.outputs = op, outputs
-        self.x, self.gain, self.bias = normal(rows, inputs), 1 + 0.3 * normal(inputs), normal(outputs)
+        self.x, self.gain = normal(rows, inputs), 1 + 0.3 * normal(inputs)
+        self.bias: Tensor | None = normal(outputs)
         self.residual = normal(rows, outputs)
         self.size, self.kv_heads = (128, 8) if outputs >= 4096 else (32, 1)
         angle = torch.rand(64, self.size // 2, device=DEVICE, generator=generator) * 6
@@ -149,7 +150,7 @@ class Operands:
         y = x @ weight.T
         if self.op == "linear":
             return y
-        y = y + self.bias.double()
+        y = y if self.bias is None else y + self.bias.double()
         if self.op == "linear_add":
             return y + self.residual.double()
         if self.op == "norm_gated_linear":
@@ -249,6 +250,8 @@ class Chain:
         ]
         self.given = [Operands(p.op, rows, p.outputs, p.inputs, torch.bfloat16, generator) for p in LLAMA_8B]
         self.x = self.given[0].x
+        for given in self.given:
+            given.bias = None
 
     def run(self, cuts: Sequence[Cut]) -> None:
         multiply = [StreamCoded(lambda _, cut=cut: cut) for cut in cuts]
@@ -327,7 +330,8 @@ def time_chain(form: Form, rows: int, uniform: Sequence[Cut], descend: bool) -> 
 
 
 def short(cut: Cut) -> str:
-    return f"{cut.blocks}/{cut.slices}/{cut.per_sm}{'' if cut.resident else 's'}"
+    """blocks/slices/room, and s where x is streamed."""
+    return f"{cut.blocks}/{cut.slices}/{cut.room}{'' if cut.resident else 's'}"
 
 
 def time_one(form: Form, outputs: int, inputs: int, cuts: Sequence[Cut]) -> None:
@@ -355,17 +359,12 @@ def main() -> None:
         sys.exit(1)
     for name in arguments.time or ():
         form = Form(name, 128 if name == "int4" else 0)
-        uniform = [Cut(blocks, 1, per_sm) for blocks, per_sm in every((1, 2, 4), (1, 2, 3))]
-        time_chain(form, 1, uniform, descend=True)
+        time_chain(form, 1, [Cut(blocks, 1, room) for blocks, room in every((1, 2, 4), (HALF, MOST))], descend=True)
         for rows in (8, 16):
-            time_chain(
-                form,
-                rows,
-                [*(Cut(2, 1, p, r) for p, r in every((1, 2), (True, False))), Cut(1, 1, 2, False)],
-                descend=False,
-            )
+            few = [Cut(blocks, 1, room) for blocks, room in ((2, HALF), (2, WHOLE), (1, WHOLE))]
+            time_chain(form, rows, [*few, Cut(2, 1, WHOLE, False), Cut(1, 1, WHOLE, False)], descend=True)
         if name == "int4":
-            time_one(form, 73728, 12288, [Cut(b, 1, p) for b, p in every((2, 4), (1, 2, 3))])
+            time_one(form, 73728, 12288, [Cut(blocks, 1, room) for blocks, room in every((2, 4), (MOST, WHOLE))])
 
 
 if __name__ == "__main__":

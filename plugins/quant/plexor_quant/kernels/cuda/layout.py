@@ -14,25 +14,32 @@ WARPS = 8
 """Of a block of threads that multiply."""
 
 _MOST_STAGES = 16
-_MOST_STEPS = 64
 _MOST_BUFFERS = 16
 _SLICE = {E4M3: 64, INT8: 64, INT4: 128}
-# Of a multiprocessor's 228 KB, by how many blocks of threads share it: one leaves room for the programs of an attention
-# kernel that start beside it. A block costs 1 KB besides what it asks for, and its barriers another.
-_BYTES = {1: 182 * 1024, 2: 112 * 1024, 3: 74 * 1024}
+# Of a multiprocessor's 228 KB. A block costs 1 KB besides what it asks for, and its barriers another.
+WHOLE, MOST, HALF = 225, 182, 111
+"""KB that a block of threads may have: nearly all; what leaves room for the programs of an attention kernel that start
+beside it; what leaves room for a block of the next product.
+
+Products behind a norm and others take turns in a decoder. In HALF those behind a norm get _MORE, too much for two of
+them: no multiprocessor is given two blocks of one kernel while others have none, and each finds one of the other kind's
+place free.
+"""
+
+_MORE = 113
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
     """A way to multiply.
 
-    blocks: a tile has 16 * blocks weight rows. slices: of a stage for each warp. per_sm: blocks of threads that share a
-    multiprocessor. resident: x is copied once, not with each stage.
+    blocks: a tile has 16 * blocks weight rows. slices: of a stage for each warp. room: KB of shared memory. resident: x
+    is brought once, not with each stage.
     """
 
     blocks: int
     slices: int = 1
-    per_sm: int = 1
+    room: int = MOST
     resident: bool = True
 
 
@@ -80,14 +87,17 @@ def layout(coded: CodedCall, cut: Cut) -> Layout | None:
     if codes.weight.shape[0] % (2 * rows) or pair % rows or sums > 512 or not _groups_fit(codes, rows):
         return None
     stage = 2 * rows * taken // (2 if codes.is_packed else 1)
-    x_bytes = (x_rows(num_rows, cut) + (coded.call.norm is not None)) * taken * 2
+    is_normed = coded.call.norm is not None
+    x_bytes = x_rows(num_rows, cut) * taken * 2
     sum_bytes = 4 * WARPS * ((2 if sums <= 128 else 1) * (sums + columns(num_rows)))
     scale_bytes = 2 * rows * codes.num_groups * (2 if codes.zero is None else 3) if group_of(codes) else 0
-    room = _BYTES[cut.per_sm] - sum_bytes
+    least = 1024 * (_MORE if cut.room == HALF and is_normed else 0)
+    most = max(1024 * cut.room, least)
+    room = most - sum_bytes
     if cut.resident:
         room -= steps * x_bytes
     else:
-        stage += x_bytes
+        stage += x_bytes + (taken * 2 if is_normed else 0)
     # The ring runs ahead by all of its stages: scales of the tiles that these belong to are wanted with them.
     stages = min(room // stage, _MOST_STAGES)
     buffers = 0
@@ -96,9 +106,9 @@ def layout(coded: CodedCall, cut: Cut) -> Layout | None:
         if stages * stage + buffers * scale_bytes <= room:
             break
         stages -= 1
-    if stages < 2 or (cut.resident and steps > _MOST_STEPS):
+    if stages < 2:
         return None
-    return Layout(stages, buffers, stages * stage + buffers * scale_bytes + _BYTES[cut.per_sm] - room)
+    return Layout(stages, buffers, max(stages * stage + buffers * scale_bytes + most - room, least))
 
 
 def _groups_fit(codes: Codes, rows: int) -> bool:

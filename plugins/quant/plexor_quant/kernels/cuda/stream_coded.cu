@@ -3,7 +3,7 @@
 //   device memory    codes of W, row-major, gains, scales      x, row-major
 //        |  weight warp: one bulk tensor copy a stage,            |  activation warp: only after the previous kernel
 //        v  never waits for the previous kernel                   v  has ended
-//   shared memory    ring of stages {codes 2 x ROWS x DEPTH}, and gains and x, whole, once (RESIDENT)
+//   shared memory    ring of stages {codes 2 x ROWS x DEPTH}, and x, whole, once, brought by the consumers (RESIDENT)
 //                    ring of stages {codes, x tile COLUMNS x DEPTH, gains}, where x is too large for that
 //                    ring of scales, and zero points, of a tile, where groups of features have their own (GROUP)
 //        |  WARPS consumer warps, each on its own slices of k: x is prepared in its place, codes are widened in registers,
@@ -25,9 +25,9 @@
 // no product is lost below float32's range. What is left of the powers is in FACTOR.
 //
 // The compiler is given: CODE, GROUP (features that share a scale, 0: all of a row), ZEROS (zero points are stored),
-// COLUMNS (8 or 16), BLOCKS (ROWS = 8 * BLOCKS), DEPTH (k in a stage), RESIDENT, X_ROWS (rows of x that are copied), HALF
-// (1 for float16, 0 for bfloat16), NORM, EPILOGUE, NARROW (the cache holds float8_e4m3fn) and PER_SM (blocks of threads that
-// share a multiprocessor).
+// COLUMNS (8 or 16), BLOCKS (ROWS = 8 * BLOCKS), DEPTH (k in a stage), RESIDENT, X_ROWS (rows of x that are kept), HALF
+// (1 for float16, 0 for bfloat16), NORM, EPILOGUE, NARROW (the cache holds float8_e4m3fn) and PER_SM (blocks of threads
+// that a multiprocessor must have registers for).
 
 #define E4M3 0
 #define INT8 1
@@ -36,6 +36,9 @@
 struct Codes {
   const void* scale;          // float32 [N], INT4: bfloat16 [N, groups]
   const unsigned char* zero;  // ZEROS: [N, groups]
+  const void* x;              // [T, K]
+  const void* gain;           // NORM: [K]
+  long long x_stride;
   int groups;
   int buffers;                // GROUP: tiles whose scales fit
 };
@@ -54,7 +57,6 @@ constexpr int X_BYTES = X_ROWS * DEPTH * 2;
 constexpr int GAIN_BYTES = NORM ? DEPTH * 2 : 0;
 constexpr int STAGE_BYTES = WEIGHT_BYTES + (RESIDENT ? 0 : X_BYTES + GAIN_BYTES);
 constexpr int MOST_STAGES = 16;
-constexpr int MOST_STEPS = 64;    // of DEPTH k, with x resident
 constexpr int MOST_BUFFERS = 16;  // of scales
 constexpr int SUMS = BLOCKS * TILES_N * 4 * 32;  // numbers in one warp's partial sum
 constexpr int BUFFERS = SUMS <= 128 ? 2 : 1;     // partial sums of two tiles, where there is room: one barrier less
@@ -63,6 +65,7 @@ constexpr int PARTS = 0 < GROUP && GROUP < SLICE ? SLICE / GROUP : 1;  // groups
 // 8 lanes prepare the 8 chunks of a unit: a row's k of one box. UNITS_EACH: those of a slice, for four such lanes.
 constexpr int UNITS = X_BOXES * X_ROWS;
 constexpr int UNITS_EACH = UNITS > 4 ? UNITS / 4 : 1;
+constexpr int AT_ONCE = UNITS_EACH > (NORM ? 4 : 8) ? UNITS_EACH : NORM ? 4 : 8;  // units that a lane asks for together
 constexpr float FACTOR = CODE == E4M3 ? (HALF ? 0x1p8f : 0x1p40f) : (HALF ? 0x1p24f : 0x1p53f);
 
 static_assert(SLICES >= 1 && SLICES * WARPS * SLICE == DEPTH, "each warp has the same slices");
@@ -129,88 +132,135 @@ __device__ __forceinline__ uint4 arranged(uint4 v) {
   return v;
 }
 
-// Where 16 bytes of x lie behind the first of a stage or step, as the copy engine swizzles them.
-__device__ __forceinline__ u32 raw_place(int box, int row, int chunk) {
-  const int line = box * X_ROWS + row;
-  return line * 128 + (chunk ^ line % 8) * 16;
-}
-
 // Where lane t of a column finds its chunk j of a slice, prepared: in the lines of the same row and slice, and so that
 // neither those who store nor those who load meet a bank twice.
 __device__ __forceinline__ u32 prepared_place(int slice, int row, int j, int t) {
   return ((slice * X_BOXES + j / 2) * X_ROWS + row) * 128 + ((j % 2 * 4 + t) ^ row % 2 * 4 ^ j / 2 * 2) * 16;
 }
 
-// Prepares the units `unit` .. `unit + 7` of this warp, of those below `end`, four at a time, and adds up their squares.
-// Units follow one another by boxes, rows, slices and steps; x and gains of one step lie a stride behind the last one's.
-__device__ __forceinline__ void prepare(
-    int unit, int end, u32 x, u32 x_stride, u32 gain, u32 gain_stride, u32 arrived, float* first, float* second) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, chunk = lane % 8;
-  uint4 v[2], gains[2];
+// A lane's part of unit `index`: units follow one another by boxes, rows, slices and steps, and `chunk` by lanes.
+struct Part {
+  int row, box, step;  // of x; box: of 64 k in the step
+  u32 target;          // behind the step's x, prepared
+};
+
+__device__ __forceinline__ Part part_of(int index, int chunk) {
+  const int slice = index / UNITS % SLICES * WARPS + threadIdx.x / 32, place = index % X_BOXES * 8 + chunk;
+  Part part;
+  part.row = index / X_BOXES % X_ROWS;
+  part.box = slice * X_BOXES + index % X_BOXES;
+  part.step = index / UNITS / SLICES;
+  part.target = prepared_place(slice, part.row, place % CHUNKS, place / CHUNKS);
+  return part;
+}
+
+__device__ __forceinline__ uint4 times(uint4 v, uint4 gain) {
+  return make_uint4(multiply_pair(v.x, gain.x), multiply_pair(v.y, gain.y), multiply_pair(v.z, gain.z),
+                    multiply_pair(v.w, gain.w));
+}
+
+__device__ __forceinline__ uint4 load_global(const void* address) {
+  uint4 v;
+  asm volatile("ld.global.cg.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(address));
+  return v;
+}
+
+// This warp's part of x comes from the previous kernel through the L2 to its prepared place, once; with the sums of its
+// squares, where there is a norm. What comes first of the gains is asked for before that kernel has ended.
+__device__ __forceinline__ void keep_x(const Arguments& a, const Codes& codes, u32 x, float* square) {
+  const int lane = threadIdx.x % 32, chunk = lane % 8;
+  const int end = (a.num_inputs + DEPTH - 1) / DEPTH * SLICES * UNITS;
+  uint4 gains[AT_ONCE];
+  for (int first = 0; first < end; first += 4 * AT_ONCE) {
+    uint4 v[AT_ONCE];
+#if NORM
 #pragma unroll
-  for (int i = 0; i < 2; i++) {
-    const int own = unit + 4 * i + lane / 8, slice = own / UNITS % SLICES * WARPS + warp, step = own / UNITS / SLICES;
-    if (own < end) {
-      const int box = slice * X_BOXES + own % X_BOXES;
-      if (RESIDENT) barrier_wait(arrived + 8 * step, 0);
-      v[i] = load_shared(x + step * x_stride + raw_place(box, own / X_BOXES % X_ROWS, chunk));
-      if (NORM) gains[i] = load_shared(gain + step * gain_stride + box * 128 + (chunk ^ box % 8) * 16);
+    for (int i = 0; i < AT_ONCE; i++) {
+      const Part part = part_of(first + 4 * i + lane / 8, chunk);
+      const int k = part.step * DEPTH + part.box * 64 + chunk * 8;
+      gains[i] = make_uint4(0, 0, 0, 0);
+      if (k < a.num_inputs) gains[i] = load_global((const u16*)codes.gain + k);
+    }
+#endif
+    if (first == 0) wait_for_previous_kernel();
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; i++) {
+      const Part part = part_of(first + 4 * i + lane / 8, chunk);
+      const int k = part.step * DEPTH + part.box * 64 + chunk * 8;
+      v[i] = make_uint4(0, 0, 0, 0);
+      if (k < a.num_inputs && part.row < a.num_rows) v[i] = load_global((const u16*)codes.x + part.row * codes.x_stride + k);
+    }
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; i++) {
+      const int index = first + 4 * i + lane / 8;
+      const Part part = part_of(index, chunk);
+      if (NORM) square[i % UNITS_EACH] = square_all(square[i % UNITS_EACH], v[i]);
+      if (index < end) store_shared(x + part.step * X_BYTES + part.target, arranged(NORM ? times(v[i], gains[i]) : v[i]));
     }
   }
-  __syncwarp();  // what is stored now lay elsewhere in the same lines
+  __syncwarp();
+}
+
+// This warp's part of a stage's x, which the copy engine brought, is put in its prepared place.
+__device__ __forceinline__ void prepare_stage(u32 x, u32 gain, float* square) {
+  const int lane = threadIdx.x % 32, chunk = lane % 8;
 #pragma unroll
-  for (int i = 0; i < 2; i++) {
-    const int own = unit + 4 * i + lane / 8, slice = own / UNITS % SLICES * WARPS + warp, step = own / UNITS / SLICES;
-    if (own < end) {
+  for (int first = 0; first < SLICES * UNITS_EACH; first += 2) {
+    uint4 v[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const Part part = part_of(4 * (first + i) + lane / 8, chunk);
+      const int line = part.box * X_ROWS + part.row;
+      v[i] = load_shared(x + line * 128 + (chunk ^ line % 8) * 16);
       if (NORM) {
-        float& square = i == 0 ? *first : *second;
-        square = square_all(square, v[i]);
-        v[i] = make_uint4(multiply_pair(v[i].x, gains[i].x), multiply_pair(v[i].y, gains[i].y),
-                          multiply_pair(v[i].z, gains[i].z), multiply_pair(v[i].w, gains[i].w));
+        float& own = square[(first + i) % UNITS_EACH];
+        own = square_all(own, v[i]);
+        v[i] = times(v[i], load_shared(gain + part.box * 128 + (chunk ^ part.box % 8) * 16));
       }
-      const int place = own % X_BOXES * 8 + chunk;  // of the chunk in the slice
-      const u32 target = prepared_place(slice, own / X_BOXES % X_ROWS, place % CHUNKS, place / CHUNKS);
-      store_shared(x + step * x_stride + target, arranged(v[i]));
     }
+    __syncwarp();  // what is stored now lay elsewhere in the same lines
+#pragma unroll
+    for (int i = 0; i < 2; i++) store_shared(x + part_of(4 * (first + i) + lane / 8, chunk).target, arranged(v[i]));
   }
+  __syncwarp();
 }
 
 extern "C" __global__ void __launch_bounds__((WARPS + 2) * 32, PER_SM) stream_coded(
     const __grid_constant__ TensorMap weight_map, const __grid_constant__ TensorMap x_map,
     const __grid_constant__ TensorMap gain_map, const __grid_constant__ Arguments a, const __grid_constant__ Codes codes) {
   extern __shared__ __align__(1024) char ring[];
-  __shared__ __align__(8) u64 barriers[2 * MOST_STAGES + (RESIDENT ? MOST_STEPS : 0) + (GROUP ? 2 * MOST_BUFFERS : 0)];
+  __shared__ __align__(8) u64 barriers[2 * MOST_STAGES + (GROUP ? 2 * MOST_BUFFERS : 0)];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int num_tiles = a.num_outputs / (2 * ROWS), num_steps = (a.num_inputs + DEPTH - 1) / DEPTH;
-  const u32 full = shared_address(barriers), empty = full + 8 * MOST_STAGES, arrived = empty + 8 * MOST_STAGES;
-  const u32 scales_full = arrived + (RESIDENT ? 8 * MOST_STEPS : 0), scales_empty = scales_full + 8 * MOST_BUFFERS;
+  const u32 full = shared_address(barriers), empty = full + 8 * MOST_STAGES;
+  const u32 scales_full = empty + 8 * MOST_STAGES, scales_empty = scales_full + 8 * MOST_BUFFERS;
   const u32 base = shared_address(ring);
-  // Where a step's x and gains lie: resident ones by the step, others by the stage.
+  // Where a step's x lies: resident by the step, otherwise by the stage, with its gains behind it.
   const u32 x_base = base + (RESIDENT ? a.stages * STAGE_BYTES : WEIGHT_BYTES), x_stride = RESIDENT ? X_BYTES : STAGE_BYTES;
-  const u32 gain_base = x_base + (RESIDENT ? num_steps * X_BYTES : X_BYTES), gain_stride = RESIDENT ? GAIN_BYTES : STAGE_BYTES;
   // Of a tile: scales of both groups of rows, then their zero points.
   const int scale_bytes = GROUP ? 2 * ROWS * codes.groups * (ZEROS ? 3 : 2) : 0;
-  const u32 scale_base = base + a.stages * STAGE_BYTES + (RESIDENT ? num_steps * (X_BYTES + GAIN_BYTES) : 0);
+  const u32 scale_base = base + a.stages * STAGE_BYTES + (RESIDENT ? num_steps * X_BYTES : 0);
   const u32 scale_end = scale_base - base + (GROUP ? codes.buffers * scale_bytes : 0);
   float(*partial)[WARPS][SUMS] = (float(*)[WARPS][SUMS])(ring + scale_end);
 #if NORM
   float(*squares)[WARPS][COLUMNS] = (float(*)[WARPS][COLUMNS])(partial + BUFFERS);
 #endif
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < a.stages; i++) {
-      barrier_init(full + 8 * i, RESIDENT ? 1 : 2);
-      barrier_init(empty + 8 * i, WARPS);
+  if (warp == WARPS) {
+    if (lane < a.stages) {
+      barrier_init(full + 8 * lane, RESIDENT ? 1 : 2);
+      barrier_init(empty + 8 * lane, WARPS);
     }
-    if (RESIDENT)
-      for (int i = 0; i < num_steps; i++) barrier_init(arrived + 8 * i, NORM ? 2 : 1);
-    if (GROUP)
-      for (int i = 0; i < codes.buffers; i++) {
-        barrier_init(scales_full + 8 * i, 1);
-        barrier_init(scales_empty + 8 * i, WARPS);
-      }
+    if (GROUP && lane < codes.buffers) {
+      barrier_init(scales_full + 8 * lane, 1);
+      barrier_init(scales_empty + 8 * lane, WARPS);
+    }
     asm volatile("fence.mbarrier_init.release.cluster;");
+    __syncwarp();
+    // Its copies begin before the others know of the barriers.
+    asm volatile("bar.arrive 2, %0;" ::"n"((WARPS + 2) * 32) : "memory");
+  } else {
+    asm volatile("bar.sync 2, %0;" ::"n"((WARPS + 2) * 32) : "memory");
   }
-  __syncthreads();
   let_next_kernel_start();
   int stage = 0, buffer = 0;
   u32 phase = 0, buffer_phase = 0;
@@ -238,30 +288,24 @@ extern "C" __global__ void __launch_bounds__((WARPS + 2) * 32, PER_SM) stream_co
           const u32 done = full + 8 * stage;
           barrier_expect(done, WEIGHT_BYTES + (RESIDENT ? 0 : GAIN_BYTES));
           copy_weight(base + stage * STAGE_BYTES, &weight_map, row, step * BOXES, done);
-          if (NORM && !RESIDENT) copy_gain(gain_base + stage * gain_stride, &gain_map, step * (DEPTH / 64), done);
+          if (NORM && !RESIDENT) copy_gain(x_base + X_BYTES + stage * STAGE_BYTES, &gain_map, step * (DEPTH / 64), done);
           if (++stage == a.stages) stage = 0, phase ^= 1;
         }
       }
     }
     return;
   }
-  if (RESIDENT && NORM && warp == WARPS + 1 && lane == 0)
-    for (int step = 0; step < num_steps; step++) {
-      barrier_expect(arrived + 8 * step, GAIN_BYTES);
-      copy_gain(gain_base + step * gain_stride, &gain_map, step * (DEPTH / 64), arrived + 8 * step);
-    }
-  wait_for_previous_kernel();
   if (warp == WARPS + 1) {
-    if (lane == 0) {
+    if (!RESIDENT && lane == 0) {
+      asm volatile("prefetch.tensormap [%0];" ::"l"(&x_map) : "memory");
+      wait_for_previous_kernel();
       asm volatile("fence.proxy.async;" ::: "memory");
-      const int last = RESIDENT ? blockIdx.x + 1 : num_tiles;
-      for (int tile = blockIdx.x; tile < last; tile += gridDim.x) {
+      for (int tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
         for (int step = 0; step < num_steps; step++) {
-          const int place = RESIDENT ? step : stage;
-          const u32 done = (RESIDENT ? arrived : full) + 8 * place;
-          if (!RESIDENT) barrier_wait(empty + 8 * stage, phase ^ 1);
+          const u32 done = full + 8 * stage;
+          barrier_wait(empty + 8 * stage, phase ^ 1);
           barrier_expect(done, X_BYTES);
-          copy_x(x_base + place * x_stride, &x_map, step * (DEPTH / 64), done);
+          copy_x(x_base + stage * x_stride, &x_map, step * (DEPTH / 64), done);
           if (++stage == a.stages) stage = 0, phase ^= 1;
         }
       }
@@ -276,30 +320,28 @@ extern "C" __global__ void __launch_bounds__((WARPS + 2) * 32, PER_SM) stream_co
   const int e = threadIdx.x / 32 % 2, n = threadIdx.x / 64 % TILES_N, b = threadIdx.x / 64 / TILES_N;
   const int index = ((b * TILES_N + n) * 4 + e) * 32 + lane, mine = n * 8 + t * 2 + e;
   const bool finishes = threadIdx.x < SUMS / 2 && mine < a.num_rows;
-  float square[UNITS_EACH > 2 ? UNITS_EACH : 2] = {};
-  if (RESIDENT) {
-    const int end = num_steps * SLICES * UNITS;
-    constexpr int EACH = UNITS_EACH > 2 ? UNITS_EACH : 2;
-    for (int unit = 0; unit < end; unit += 4 * EACH)
-#pragma unroll
-      for (int i = 0; i < EACH; i += 2)
-        prepare(unit + 4 * i, end, x_base, x_stride, gain_base, gain_stride, arrived, &square[i], &square[i + 1]);
-    __syncwarp();
-  }
+  float square[UNITS_EACH] = {};
+  if (RESIDENT)
+    keep_x(a, codes, x_base, square);
+  else
+    wait_for_previous_kernel();
   float ones[TILES_N][4] = {};  // sums of x, where all of a row's features share a scale
   int sums_buffer = 0;
   for (int tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
     const int tile_first = tile_row(tile, ROWS, a.pair), row = tile_first + b * 8 + own;
     Operands operands = {};
-    float first_scale = FACTOR, second_scale = FACTOR;
+#if GROUP == 0 && CODE == INT4
+    u16 first_scale = 0, second_scale = 0;  // asked for here, and widened where they are wanted
+    const u16* row_scales = (const u16*)codes.scale;
+#elif GROUP == 0
+    float first_scale = 0, second_scale = 0;
+    const float* row_scales = (const float*)codes.scale;
+#endif
     if (finishes) {
       operands = load_operands(a, mine, row);
-#if GROUP == 0 && CODE == INT4
-      first_scale *= __uint_as_float((u32)((const u16*)codes.scale)[row] << 16);
-      second_scale *= __uint_as_float((u32)((const u16*)codes.scale)[row + a.pair] << 16);
-#elif GROUP == 0
-      first_scale *= ((const float*)codes.scale)[row];
-      second_scale *= ((const float*)codes.scale)[row + a.pair];
+#if GROUP == 0
+      first_scale = row_scales[row];
+      second_scale = row_scales[row + a.pair];
 #endif
     }
     float sums[BLOCKS][TILES_N][4] = {};
@@ -318,13 +360,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + 2) * 32, PER_SM) stream_co
     for (int step = 0; step < num_steps; step++) {
       barrier_wait(full + 8 * stage, phase);
       const u32 weights = base + stage * STAGE_BYTES, here = x_base + (RESIDENT ? step : stage) * x_stride;
-      if (!RESIDENT) {
-#pragma unroll
-        for (int i = 0; i < SLICES * UNITS_EACH; i += 2)
-          prepare(4 * i, SLICES * UNITS, here, 0, gain_base + stage * gain_stride, 0, 0, &square[i % UNITS_EACH],
-                  &square[(i + 1) % UNITS_EACH]);
-        __syncwarp();
-      }
+      if (!RESIDENT) prepare_stage(here, here + X_BYTES, square);
 #pragma unroll
       for (int u = 0; u < SLICES; u++) {
         const int slice = u * WARPS + warp;
@@ -429,7 +465,6 @@ extern "C" __global__ void __launch_bounds__((WARPS + 2) * 32, PER_SM) stream_co
 #pragma unroll
       for (int i = 0; i < UNITS_EACH; i++) {
         float total = square[i];
-        if (UNITS_EACH == 1) total += square[1];
         for (int distance = 1; distance < 8; distance *= 2) total += __shfl_xor_sync(~0u, total, distance);
         if (X_BOXES == 2 || X_ROWS == 1) total += __shfl_xor_sync(~0u, total, 8);
         if (UNITS < 4) total += __shfl_xor_sync(~0u, total, 16);
@@ -449,11 +484,20 @@ extern "C" __global__ void __launch_bounds__((WARPS + 2) * 32, PER_SM) stream_co
       float total = 0;
 #pragma unroll
       for (int w = 0; w < WARPS; w++) total += squares[RESIDENT ? 0 : sums_buffer][w][mine];
-      const float scale = rsqrtf(total / a.num_inputs + a.eps);
-      first_scale *= scale;
-      second_scale *= scale;
+      const float factor = FACTOR * rsqrtf(total / a.num_inputs + a.eps);
+#else
+      const float factor = FACTOR;
 #endif
-      store_pair(a, mine, row, first * first_scale, second * second_scale, operands);
+      first *= factor;
+      second *= factor;
+#if GROUP == 0 && CODE == INT4
+      first *= __uint_as_float((u32)first_scale << 16);
+      second *= __uint_as_float((u32)second_scale << 16);
+#elif GROUP == 0
+      first *= first_scale;
+      second *= second_scale;
+#endif
+      store_pair(a, mine, row, first, second, operands);
     }
     if (BUFFERS == 2)
       sums_buffer ^= 1;

@@ -17,7 +17,10 @@ from torch import Tensor
 from plexor.api import LINEAR_HEADER, STREAM_HEADER, load_program, num_multiprocessors, tensor_map
 from plexor_quant.kernels.cuda.coded import CodedCall
 from plexor_quant.kernels.cuda.layout import (
+    HALF,
+    MOST,
     WARPS,
+    WHOLE,
     Cut,
     Layout,
     code_of,
@@ -41,6 +44,9 @@ class CodeArguments(ctypes.Structure):
     _fields_ = (
         ("scale", ctypes.c_void_p),
         ("zero", ctypes.c_void_p),
+        ("x", ctypes.c_void_p),
+        ("gain", ctypes.c_void_p),
+        ("x_stride", ctypes.c_longlong),
         ("groups", ctypes.c_int),
         ("buffers", ctypes.c_int),
     )
@@ -54,8 +60,8 @@ def rule(coded: CodedCall) -> Cut | None:
 
 def possible(coded: CodedCall) -> Iterator[Cut]:
     """Every cut of a product that can be."""
-    for blocks, slices, per_sm, resident in every((1, 2, 4), (1, 2), (1, 2, 3), (True, False)):
-        cut = Cut(blocks, slices, per_sm, resident)
+    for blocks, slices, room, resident in every((1, 2, 4), (1, 2), (HALF, MOST, WHOLE), (True, False)):
+        cut = Cut(blocks, slices, room, resident)
         if layout(coded, cut) is not None:
             yield cut
 
@@ -102,16 +108,23 @@ class StreamCoded:
             "NORM": norm is not None,
             "EPILOGUE": call.epilogue,
             "NARROW": call.narrow,
-            "PER_SM": cut.per_sm,
+            "PER_SM": 2 if cut.room == HALF else 1,
         }
         program = load_program(_SOURCES, defines, (WARPS + 2) * 32, made.num_bytes)
         boxes, box_count = num_inputs // X_BOX, taken // X_BOX
         x_map = tensor_map(x, (X_BOX, num_rows, boxes), (x.stride(0), X_BOX), (X_BOX, copied, box_count))
         gain_map = x_map if norm is None else tensor_map(norm.gain, (X_BOX, boxes), (X_BOX,), (X_BOX, box_count))
         weight_map = self._weight_map(codes.weight, cut, pair, taken)
-        zero = None if codes.zero is None else codes.zero.data_ptr()
-        extra = CodeArguments(codes.scale.data_ptr(), zero, codes.num_groups, made.buffers)
-        num_blocks = min(num_outputs // (16 * cut.blocks), cut.per_sm * num_multiprocessors(x))
+        extra = CodeArguments(
+            scale=codes.scale.data_ptr(),
+            zero=None if codes.zero is None else codes.zero.data_ptr(),
+            x=x.data_ptr(),
+            gain=None if norm is None else norm.gain.data_ptr(),
+            x_stride=x.stride(0),
+            groups=codes.num_groups,
+            buffers=made.buffers,
+        )
+        num_blocks = min(num_outputs // (16 * cut.blocks), num_multiprocessors(x))
         program.launch(num_blocks, (weight_map, x_map, gain_map, arguments, extra))
 
     def _weight_map(self, weight: Tensor, cut: Cut, pair: int, taken: int) -> Any:
