@@ -15,6 +15,10 @@ import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 
+from plexor.checkpoint.folder import open_folder
+from plexor.extension.catalog import Catalog
+from plexor.runtime.conversion import Conversion, convert
+
 NO_TOKENS: Mapping[str, int] = MappingProxyType({})
 SHARD_BYTES = 300_000
 """Small enough that most test models lie in several files with an index."""
@@ -44,6 +48,24 @@ def write_checkpoint(
     model.to(dtype).save_pretrained(folder, max_shard_size=SHARD_BYTES)
     write_tokenizer(folder, config, special_tokens)
     return folder
+
+
+def quantize(
+    folder: Path,
+    out: Path,
+    precision: str,
+    catalog: Catalog | None = None,
+    *,
+    text: str | None = None,
+    window: int = 512,
+    dense: tuple[str, ...] = (),
+) -> Path:
+    """What `plexor quantize` writes on a CPU, calibrated if a text is given; returns `out`."""
+    job = Conversion(
+        folder=open_folder(folder), precision=precision, out=out, device="cpu", text=text, window=window, dense=dense
+    )
+    convert(job, catalog or Catalog.load())
+    return out
 
 
 def write_tokenizer(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import re
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -16,10 +14,19 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from plexor.api import Catalog, Decoder, DecoderLayer, GroupedLinear, Linear, RMSNorm
-from plexor.cli import main
+from plexor.api import (
+    Catalog,
+    CheckpointError,
+    ConfigError,
+    Decoder,
+    DecoderLayer,
+    GroupedLinear,
+    Linear,
+    RequestError,
+    RMSNorm,
+)
 from plexor.testing.architecture import expected_logits, load_model, random_prompts, run
-from plexor.testing.checkpoints import write_checkpoint
+from plexor.testing.checkpoints import quantize, write_checkpoint
 from plexor_quant.calibration.layers import TextCalibration, calibrate
 from plexor_quant.calibration.scheme import find_scheme
 
@@ -66,18 +73,6 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
-    path.write_text(TEXT)
-    return path
-
-
-def quantize(folder: Path, out: Path, precision: str, *more: str) -> Path:
-    assert main(["quantize", str(folder), "--precision", precision, "-o", str(out), "--device", "cpu", *more]) == 0
-    return out
-
-
 def stored(folder: Path, precision: str) -> dict[str, dict[str, Tensor]]:
     """What is kept of each linear layer and stack that the precision rounds."""
     built = load_model(folder, CATALOG, precision=precision, dtype=torch.bfloat16)
@@ -120,10 +115,10 @@ def test_plain_rounding_reads_back_as_what_loading_rounds(
 @pytest.mark.parametrize("precision", ["fp8", "int8_sq", "w4a_fp8", "int8_wo", "int4_wo_g64"])
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "MixtralForCausalLM", "tied"])
 def test_a_calibrated_checkpoint_runs_as_the_calibrated_model(
-    name: str, precision: str, checkpoints: dict[str, Path], tmp_path: Path, text: Path
+    name: str, precision: str, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
     """Layer by layer from disk as in one piece in memory: the same codes, scales, gains and logits."""
-    out = quantize(checkpoints[name], tmp_path / "out", precision, "--calibrate", str(text), "--window", "30")
+    out = quantize(checkpoints[name], tmp_path / "out", precision, CATALOG, text=TEXT, window=30)
     found = load_model(out, CATALOG, precision=precision, dtype=torch.bfloat16)
     dense = load_model(checkpoints[name], CATALOG, kernels=dict.fromkeys(("linear", "grouped_linear"), "reference"))
     token_ids = transformers.AutoTokenizer.from_pretrained(out).encode(TEXT, add_special_tokens=False)
@@ -226,8 +221,7 @@ def test_rows_that_alternate_in_a_fused_tensor_stay_where_they_are(tmp_path: Pat
         max_position_embeddings=64,
     )
     folder = write_checkpoint(tmp_path / "dense", "GPTNeoXForCausalLM", config, dtype=torch.bfloat16)
-    (tmp_path / "text").write_text(TEXT)
-    out = quantize(folder, tmp_path / "out", "int8_wo", "--calibrate", str(tmp_path / "text"), "--window", "30")
+    out = quantize(folder, tmp_path / "out", "int8_wo", text=TEXT, window=30)
     assert json.loads((out / "config.json").read_text())["quantization_config"]["ignore"] == ["embed_out", "lm_head"]
     prompts = random_prompts(307)
     theirs = expected_logits(out, prompts)
@@ -277,12 +271,13 @@ def test_the_folder_holds_all_that_the_model_needs(checkpoints: dict[str, Path],
 
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_layers_that_are_to_stay_dense_are_not_touched(
-    calibrated: bool, checkpoints: dict[str, Path], tmp_path: Path, text: Path
+    calibrated: bool, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
     """gate and up are dense, so factors for the inputs of down have nowhere to go."""
     folder = checkpoints["LlamaForCausalLM"]
-    more = ("--calibrate", str(text), "--window", "30") if calibrated else ()
-    out = quantize(folder, tmp_path / "out", "int8_wo", "--dense", "*.gate_proj", "--dense", "*.up_proj", *more)
+    text = TEXT if calibrated else None
+    dense_layers = ("*.gate_proj", "*.up_proj")
+    out = quantize(folder, tmp_path / "out", "int8_wo", CATALOG, text=text, window=30, dense=dense_layers)
     kept = [f"model.layers.{layer}.mlp.{part}_proj" for layer in range(2) for part in ("gate", "up")]
     settings = json.loads((out / "config.json").read_text())["quantization_config"]
     assert sorted(settings["ignore"]) == ["lm_head", *kept]
@@ -297,7 +292,7 @@ def test_layers_that_are_to_stay_dense_are_not_touched(
 
 
 def test_only_the_layer_that_is_rounded_has_memory(
-    checkpoints: dict[str, Path], tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held: list[list[int]] = []
     decoders: list[Decoder] = []
@@ -314,8 +309,7 @@ def test_only_the_layer_that_is_rounded_has_memory(
 
     monkeypatch.setattr(TextCalibration, "__init__", remember)
     monkeypatch.setattr(TextCalibration, "round", look)
-    calibrated = ("--calibrate", str(text), "--window", "30", "--windows", "3")
-    quantize(checkpoints["OPTForCausalLM"], tmp_path / "out", "int4_wo", *calibrated)
+    quantize(checkpoints["OPTForCausalLM"], tmp_path / "out", "int4_wo", CATALOG, text=TEXT, window=30)
     assert [[size > 0 for size in sizes] for sizes in held] == [[False, True, False], [False, False, True]]
 
 
@@ -337,82 +331,52 @@ def changed(checkpoints: dict[str, Path], tmp_path: Path) -> Callable[[dict[str,
     return change
 
 
-def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """The one line that says why."""
-    capsys.readouterr()
-    assert main(["quantize", "--device", "cpu", *argv]) == 2
-    said = capsys.readouterr().err.strip()
-    assert "\n" not in said
-    return said.removeprefix("plexor: ")
-
-
-def test_what_cannot_be_written_is_refused_and_leaves_nothing(
-    checkpoints: dict[str, Path], tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model, out = str(checkpoints["LlamaForCausalLM"]), tmp_path / "out"
-    short = tmp_path / "short"
-    short.write_text("few")
-    for argv, said in [
-        (("--precision", "fp9"), "did you mean 'fp8'"),
-        (("--precision", "dense"), "the precision 'dense' cannot be written as a checkpoint: choose one of fp8, "),
-        (("--precision", "fp8", "--dense", "*.down"), r"is called '\*.down': names are such as model.layers"),
-        (("--precision", "fp8", "--dense", "*.q_proj"), "k_proj is multiplied together with layers that are to stay"),
-        (("--precision", "fp8", "--calibrate", str(tmp_path / "nothing")), "cannot be read"),
-        (("--precision", "fp8", "--calibrate", str(short)), r"has \d+ tokens, fewer than one window of 64"),
-    ]:
-        assert re.search(said, refused(capsys, model, *argv, "-o", str(out)))
-    for place, said in [(model, "has something in it already"), (str(text), "is a file"), ("/no/such/x", "no folder")]:
-        assert said in refused(capsys, model, "--precision", "fp8", "-o", place)
-    done = quantize(checkpoints["LlamaForCausalLM"], tmp_path / "done", "fp8")
-    capsys.readouterr()
-    assert "stored quantised already" in refused(capsys, str(done), "--precision", "int8_wo", "-o", str(out))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["done", "short", "text.txt"]
+def test_what_cannot_be_written_is_refused_and_leaves_nothing(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    model, out = checkpoints["LlamaForCausalLM"], tmp_path / "out"
+    with pytest.raises(
+        ConfigError, match="the precision 'dense' cannot be written as a checkpoint: choose one of fp8, "
+    ):
+        quantize(model, out, "dense", CATALOG)
+    with pytest.raises(ConfigError, match=r"is called '\*.down': names are such as model.layers"):
+        quantize(model, out, "fp8", CATALOG, dense=("*.down",))
+    with pytest.raises(ConfigError, match="k_proj is multiplied together with layers that are to stay"):
+        quantize(model, out, "fp8", CATALOG, dense=("*.q_proj",))
+    with pytest.raises(RequestError, match=r"has \d+ tokens, fewer than one window of 64"):
+        quantize(model, out, "fp8", CATALOG, text="few")
+    done = quantize(model, tmp_path / "done", "fp8")
+    with pytest.raises(CheckpointError, match="stored quantised already"):
+        quantize(done, out, "int8_wo", CATALOG)
+    assert [path.name for path in tmp_path.iterdir()] == ["done"]
 
 
 def test_an_empty_folder_is_taken(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    quantize(checkpoints["LlamaForCausalLM"], tmp_path, "fp8")
+    quantize(checkpoints["LlamaForCausalLM"], tmp_path, "fp8", CATALOG)
     assert (tmp_path / "model.safetensors").is_file()
 
 
-def test_a_full_disk_is_found_before_any_work(
-    checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(descriptor: int, offset: int, size: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("os.posix_fallocate", full)
-    said = refused(capsys, str(checkpoints["LlamaForCausalLM"]), "--precision", "fp8", "-o", str(tmp_path / "out"))
-    assert re.search(r"no room for a checkpoint with \d\.\d\d GB of tensors", said)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_groups_that_do_not_divide_a_row_are_refused(
-    changed: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_groups_that_do_not_divide_a_row_are_refused(changed: Callable[..., Path], tmp_path: Path) -> None:
     cut = {
         f"model.layers.{layer}.mlp.{part}_proj.weight": torch.ones((128, 96) if part == "down" else (96, 128))
         for layer in range(2)
         for part in ("gate", "up", "down")
     }
     folder = changed(cut, {"intermediate_size": 96})
-    said = refused(capsys, str(folder), "--precision", "w4a_fp8", "-o", str(tmp_path / "out"))
-    assert "has 96 input features, which groups of 128 do not divide" in said
-    assert "choose int4_wo_g32 or another" in said
-    quantize(folder, tmp_path / "out", "int4_wo_g32")
-    quantize(folder, tmp_path / "mixed", "w4a_fp8", "--dense", "*.down_proj")
+    said = "has 96 input features, which groups of 128 do not divide, .* choose int4_wo_g32 or another"
+    with pytest.raises(CheckpointError, match=said):
+        quantize(folder, tmp_path / "out", "w4a_fp8", CATALOG)
+    quantize(folder, tmp_path / "out", "int4_wo_g32", CATALOG)
+    quantize(folder, tmp_path / "mixed", "w4a_fp8", CATALOG, dense=("*.down_proj",))
 
 
-def test_a_text_that_overflows_is_refused(
-    changed: Callable[..., Path], tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_text_that_overflows_is_refused(changed: Callable[..., Path], tmp_path: Path) -> None:
     folder = changed({"model.layers.1.mlp.down_proj.weight": torch.full((128, 256), 3e38)}, {"dtype": "float32"})
-    argv = (str(folder), "--precision", "fp8", "-o", str(tmp_path / "out"), "--calibrate", str(text))
-    assert "layer 2 of 2 makes NaN or infinity of the calibration text" in refused(capsys, *argv)
+    with pytest.raises(CheckpointError, match="layer 2 of 2 makes NaN or infinity of the calibration text"):
+        quantize(folder, tmp_path / "out", "fp8", CATALOG, text=TEXT)
     assert not (tmp_path / "out").exists()
 
 
-def test_transposed_weights_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_transposed_weights_are_refused(tmp_path: Path) -> None:
     config = transformers.GPT2Config(vocab_size=307, n_embd=64, n_head=4, n_layer=1, n_positions=64)
     folder = write_checkpoint(tmp_path / "dense", "GPT2LMHeadModel", config)
-    said = refused(capsys, str(folder), "--precision", "fp8", "-o", str(tmp_path / "out"))
-    assert "lies transposed" in said
+    with pytest.raises(CheckpointError, match="lies transposed"):
+        quantize(folder, tmp_path / "out", "fp8", CATALOG)
