@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -32,6 +32,7 @@ from plexor_quant.stored.source import (
     read_packed,
     sizes_of,
 )
+from plexor_quant.stored.sparse24 import PRECISIONS, BitmaskSource, is_sparse
 
 FORMATS = ("float-quantized", "int-quantized", "naive-quantized", "pack-quantized", "dense")
 PACKED_BITS = (4, 8)
@@ -46,13 +47,18 @@ def recognises(quantization: Mapping[str, Any]) -> bool:
 def precision(quantization: Mapping[str, Any]) -> str:
     """That of the first group of layers which any keeps as they are stored; the others are kept in theirs beside it."""
     chosen = [_precision_of(group) for group in _groups(quantization)]
-    return next((name for name in chosen if name != "dense"), "dense")
+    name = next((name for name in chosen if name != "dense"), "dense")
+    return PRECISIONS.get(name, name) if is_sparse(quantization) else name
 
 
 def open_source(source: TensorSource, quantization: Mapping[str, Any]) -> TensorSource:
     """Shows dense weights; CheckpointError for formats that are not read and for tensors that contradict the config."""
     groups = _groups(quantization)
     _check_formats(quantization, groups)
+    if is_sparse(quantization):
+        source = BitmaskSource(source)
+        if not groups:
+            return source
     names = frozenset(source.names())
     layers: dict[str, Layer] = {}
     hidden: set[str] = {name for name in names if name.rpartition(".")[2] in _UNUSED}
@@ -71,6 +77,8 @@ def open_source(source: TensorSource, quantization: Mapping[str, Any]) -> Tensor
 def _groups(quantization: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     given = quantization.get("config_groups")
     groups = list(given.values()) if isinstance(given, Mapping) else []
+    if not groups and is_sparse(quantization):
+        return []
     if not groups or not all(
         isinstance(group, Mapping) and isinstance(group.get("weights"), Mapping) for group in groups
     ):
@@ -170,6 +178,8 @@ def _matrix(source: TensorSource, names: frozenset[str], module: str, group: Map
         zero_point = Blocks(source, f"{module}.weight_zero_point", sizes, block)
         zero_point.check((torch.int8, torch.int32))
     scheme = _scheme(source, names, module, group, stored, block, zero_points=zero_point is not None)
+    if isinstance(source, BitmaskSource) and source.is_kept(name):
+        scheme = replace(scheme, sparse=True)
     return Matrix(source, name, sizes, scheme, scale, zero_point)
 
 

@@ -18,6 +18,8 @@ from plexor_quant.int4_wo import Int4WeightFormat
 from plexor_quant.int8_sq import Int8Format, Int8StaticFormat
 from plexor_quant.int8_wo import Int8WeightFormat
 from plexor_quant.per_group import PerGroupFormat
+from plexor_quant.sparse24 import Sparse24Fp8Format
+from plexor_quant.sparse24_layout import GROUP
 from plexor_quant.w4a_fp8 import W4AFp8Format, W4AFp8StaticFormat
 
 INT4_GROUPS: Mapping[int, str] = MappingProxyType(
@@ -44,7 +46,7 @@ class Inputs:
 class Scheme:
     """dtype and bits: as in Grid. block: rows and columns that share a scale, all of them where it is the sizes.
 
-    zero_points, ordered, factored: whether there are any that mean something.
+    zero_points, ordered, factored: whether there are any that mean something. sparse: the weight is stored as 2:4.
     """
 
     dtype: torch.dtype
@@ -54,6 +56,7 @@ class Scheme:
     zero_points: bool = False
     ordered: bool = False
     factored: bool = False
+    sparse: bool = False
 
     def formats(self, sizes: tuple[int, int], rows: range, columns: range) -> tuple[LinearFormat, ...]:
         """Those that keep this cut of a weight, the nearest first; none where it is read as a dense one."""
@@ -64,11 +67,17 @@ class Scheme:
             return ()
         per_row = size >= sizes[1]
         if self.bits == 8:
-            return self._eight_bits(rows, per_row)
-        kept = self._four_bits(None if per_row else size)
+            kept = self._eight_bits(rows, per_row)
+            return (*self._sparse(columns), *kept) if kept and per_row else kept
+        groups = self._four_bits(None if per_row else size)
         if not self.ordered and not self.factored:
-            return kept
-        return tuple(InputsFormat(each, self.ordered, self.factored) for each in kept)
+            return groups
+        return tuple(InputsFormat(each, self.ordered, self.factored) for each in groups)
+
+    def _sparse(self, columns: range) -> tuple[LinearFormat, ...]:
+        """Of 8-bit weights with a scale for each row."""
+        whole = columns.start % GROUP == columns.stop % GROUP == 0
+        return (Sparse24Fp8Format(),) if self.sparse and whole and self.dtype == torch.float8_e4m3fn else ()
 
     def _four_bits(self, size: int | None) -> tuple[PerGroupFormat, ...]:
         if size is not None and size % LARGEST_GROUP == 0:

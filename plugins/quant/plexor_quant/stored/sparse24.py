@@ -13,16 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plexor.api import CheckpointError, TensorInfo, TensorSource
+from plexor.api import CheckpointError, Grid, LinearFormat, TensorInfo, TensorSource
+from plexor_quant.sparse24 import Sparse24Format
 from plexor_quant.sparse24_layout import GROUP
 
-LAYOUTS = ("sparse-24-bitmask", "dense")
+BITMASK = "sparse-24-bitmask"
+LAYOUTS = (BITMASK, "dense")
+HALVES = (torch.bfloat16, torch.float16)
 PRECISIONS: Mapping[str, str] = {"dense": "sparse24", "fp8": "sparse24_fp8"}
 """The precision of 2:4 weights for that of the same weights with their zeros."""
 
 
 def is_sparse(quantization: Mapping[str, Any]) -> bool:
-    """Whether the checkpoint says that its weights are 2:4; CheckpointError for a layout that is not read."""
+    """Whether weights are stored so; CheckpointError for another sparse layout than dense weights with zeros."""
     sparsity = quantization.get("sparsity_config")
     if not isinstance(sparsity, Mapping) or not sparsity:
         return False
@@ -31,11 +34,11 @@ def is_sparse(quantization: Mapping[str, Any]) -> bool:
             f"the weights are stored in the sparse format {sparsity['format']!r}, of which {' and '.join(LAYOUTS)} are "
             "read: use a checkpoint in one of these"
         )
-    return sparsity.get("sparsity_structure") == "2:4"
+    return sparsity.get("format") == BITMASK
 
 
 class BitmaskSource:
-    """A TensorSource: another one with a dense `weight` [out, in] in place of each that is stored so."""
+    """A FormatSource: another source with a dense `weight` [out, in] in place of each that is stored so."""
 
     def __init__(self, source: TensorSource) -> None:
         self._source = source
@@ -64,9 +67,7 @@ class BitmaskSource:
         module = self._module(name)
         if module is None:
             return self._source.read(name, index)
-        whole = (*index, *(slice(None),) * (2 - len(index)))
-        rows, columns = (range(size)[part] for size, part in zip(self._sizes[module], whole, strict=True))
-        return self._dense(module, rows, columns)
+        return self._dense(module, *self._cut(module, index))
 
     def read_into(self, target: memoryview, name: str, index: tuple[slice, ...] = (), start: int = 0) -> None:
         if self._module(name) is None:
@@ -75,12 +76,32 @@ class BitmaskSource:
         content = self.read(name, index).cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
         target[:] = content[start : start + len(target)]
 
+    def grid(self, name: str, index: tuple[slice, ...] = ()) -> Grid | None:
+        """None: these weights are not rounded, or by scales that this source knows nothing of."""
+        return None
+
+    def formats(self, name: str, index: tuple[slice, ...] = ()) -> tuple[LinearFormat, ...]:
+        module = self._module(name)
+        if module is None or self.info(name).dtype not in HALVES:
+            return ()
+        _, columns = self._cut(module, index)
+        return (Sparse24Format(),) if columns.start % GROUP == columns.stop % GROUP == 0 else ()
+
+    def is_kept(self, name: str) -> bool:
+        """Whether a tensor that is shown is stored so."""
+        return self._module(name) is not None
+
     def close(self) -> None:
         self._source.close()
 
     def _module(self, name: str) -> str | None:
         module, _, last = name.rpartition(".")
         return module if last == "weight" and module in self._sizes else None
+
+    def _cut(self, module: str, index: tuple[slice, ...]) -> tuple[range, range]:
+        whole = (*index, *(slice(None),) * (2 - len(index)))
+        rows, columns = (range(size)[part] for size, part in zip(self._sizes[module], whole, strict=True))
+        return rows, columns
 
     def _dense(self, module: str, rows: range, columns: range) -> Tensor:
         """Whole bytes of the mask are read, eight columns, and cut afterwards."""
@@ -124,7 +145,7 @@ def _sizes(source: TensorSource, names: frozenset[str], module: str) -> tuple[in
             kept.shape == (rows, columns // 2)
             and mask.shape == (rows, -(-columns // 8))
             and mask.dtype == torch.uint8
-            and kept.dtype in (torch.float8_e4m3fn, torch.bfloat16, torch.float16)
+            and kept.dtype in (torch.float8_e4m3fn, *HALVES)
         ):
             return rows, columns
     raise CheckpointError(
