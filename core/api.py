@@ -54,9 +54,11 @@ if TYPE_CHECKING:
     from plexor.kernels.reference.rotary_kv_write import rotated
     from plexor.kernels.reference.steps import added_product, gated_product, normed_product, rotated_product
     from plexor.kernels.table import KernelTable, resolve
+    from plexor.kernels.triton.kv_write import scaled_kv_write
     from plexor.kernels.triton.pdl import launch_next, overlaps, wait
     from plexor.kernels.triton.rms_norm import rms_norm
     from plexor.kernels.triton.rotary_kv_write import rotary_kv_write
+    from plexor.kernels.triton.scaled_attention import ScaledPagedAttention
     from plexor.kernels.triton.silu_mul import silu_mul
     from plexor.model.attention import Attention, AttentionConfig
     from plexor.model.build import Build, facts
@@ -143,8 +145,10 @@ _HOMES = {
     "plexor.kernels.reference.steps": ("added_product", "gated_product", "normed_product", "rotated_product"),
     "plexor.kernels.table": ("KernelTable", "resolve"),
     "plexor.kernels.triton.pdl": ("launch_next", "overlaps", "wait"),
+    "plexor.kernels.triton.kv_write": ("scaled_kv_write",),
     "plexor.kernels.triton.rms_norm": ("rms_norm",),
     "plexor.kernels.triton.rotary_kv_write": ("rotary_kv_write",),
+    "plexor.kernels.triton.scaled_attention": ("ScaledPagedAttention",),
     "plexor.kernels.triton.silu_mul": ("silu_mul",),
     "plexor.model.attention": ("Attention", "AttentionConfig"),
     "plexor.model.build": ("Build", "facts"),
@@ -256,6 +260,7 @@ __all__ = [
     "Rows",
     "Rule",
     "Sample",
+    "ScaledPagedAttention",
     "Slots",
     "Step",
     "StepObserver",
@@ -298,6 +303,7 @@ __all__ = [
     "rotated",
     "rotated_call",
     "rotated_product",
+    "scaled_kv_write",
     "sequence_entries",
     "silu_mul",
     "tensor_map",

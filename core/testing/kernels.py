@@ -137,8 +137,10 @@ def _compare_tensors(title: str, expected: Tensor, actual: Tensor, tolerance: To
 
 def _widened(tolerance: Tolerance, dtype: torch.dtype) -> Tolerance:
     """A tolerance for what is stored in a narrow dtype: a last bit before the rounding may move it by a whole step."""
-    if tolerance == (0.0, 0.0) or not dtype.is_floating_point:
+    if tolerance == (0.0, 0.0):
         return tolerance
+    if not dtype.is_floating_point:
+        return tolerance[0], max(tolerance[1], 1.0)
     facts = torch.finfo(dtype)
     return max(tolerance[0], facts.eps), max(tolerance[1], facts.smallest_normal * facts.eps)
 

@@ -43,6 +43,27 @@ def widen(entries, IN_ROWS: tl.constexpr):
 
 
 @triton.jit
+def widen_integers(entries, IN_ROWS: tl.constexpr):
+    """int8 to float16 as `widen`: 0x6400 is 1024 in float16, which counts in ones there."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 shifted, zero;
+        xor.b32 shifted, $2, 0x80808080;
+        mov.b32 zero, 0x64806480;
+        prmt.b32 $0, shifted, 0x64646464, 0x4140;
+        prmt.b32 $1, shifted, 0x64646464, 0x4342;
+        sub.f16x2 $0, $0, zero;
+        sub.f16x2 $1, $1, zero;
+        }""",
+        "=&r,=&r,r",
+        [entries],
+        dtype=tl.float16,
+        is_pure=not IN_ROWS,
+        pack=4,
+    )
+
+
+@triton.jit
 def load_queries(source, mask, scale, COMPUTE: tl.constexpr, UNIT: tl.constexpr):
     """Queries [lanes, size] in COMPUTE, and for each lane what its scores are still to be multiplied by.
 
@@ -61,6 +82,6 @@ def load_queries(source, mask, scale, COMPUTE: tl.constexpr, UNIT: tl.constexpr)
 
 def compute_dtype(dtype: torch.dtype, storage: torch.dtype) -> Any:
     """What the products are made of: the 16-bit dtype that holds each stored value, float32 where there is none."""
-    if dtype == torch.float32 or storage not in (dtype, torch.float8_e4m3fn):
+    if dtype == torch.float32 or storage not in (dtype, torch.float8_e4m3fn, torch.int8):
         return tl.float32
     return tl.bfloat16 if storage == torch.bfloat16 else tl.float16

@@ -11,13 +11,23 @@ import triton.language as tl
 from torch import Tensor
 
 from plexor.batch import LayerCache
-from plexor.kernels.triton.attention import LOG2_E, LOWEST, compute_dtype, load_queries, place_in_blocks, widen
+from plexor.kernels.triton.attention import (
+    LOG2_E,
+    LOWEST,
+    compute_dtype,
+    load_queries,
+    place_in_blocks,
+    widen,
+    widen_integers,
+)
 from plexor.kernels.triton.pdl import launch_next, overlaps, prefetch, wait
 
 # Up to here the products around attention stream their weights, and leave room for its programs.
 FEW_ROWS = 16
 # Numbers of partial results that a thread holds while it adds them up.
 COMBINED = 32
+# 2^-100: a value with a smaller scale is one of zeros.
+FAINTEST = tl.constexpr(7.888609052210118e-31)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,26 +74,42 @@ def first_tile(length, window, TILE: tl.constexpr, WINDOWED: tl.constexpr):
 
 
 @triton.jit
+def widened(entries, IN_ROWS: tl.constexpr, COMPUTE: tl.constexpr):
+    """Entries [TILE, SIZE] in COMPUTE, which holds each of them."""
+    if entries.dtype == COMPUTE or COMPUTE == tl.float32:  # noqa: SIM300 - constants are spelled in capitals
+        wide = entries.to(COMPUTE)
+    elif entries.dtype == tl.int8:
+        wide = widen_integers(entries, IN_ROWS)
+    else:
+        wide = widen(entries, IN_ROWS)
+    return wide
+
+
+@triton.jit
 def attend(
     queries,
     keys,
     values,
+    key_scales,
+    value_scales,
     blocks,
     begin,
     stop,
     lowest,
     scale,
     entry_stride,
+    scale_stride,
     TILE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     COMPUTE: tl.constexpr,
-    UNIT: tl.constexpr,
+    SCALED: tl.constexpr,
 ):
     """Best score, mass and weighted sum of queries over the positions from `begin`, below `stop`, not below `lowest`.
 
     keys, values: of one head. blocks: the sequence's row of the block table; a tile's ids are loaded one tile early.
-    begin: a multiple of TILE.
+    begin: a multiple of TILE. With scales of the entries, that of a value is part of its weight, and the best score is
+    of the two together, so that weights stay below one.
     """
     HEADS: tl.constexpr = queries.shape[0]
     SIZE: tl.constexpr = queries.shape[1]
@@ -99,20 +125,26 @@ def attend(
         block = next_block
         index, next_offset = place_in_blocks(start + TILE, lane, TILE, BLOCK_SIZE)
         next_block = tl.load(blocks + index, mask=start + TILE + lane < stop, other=0)
-        entry = (block * BLOCK_SIZE + offset).to(tl.int64) * entry_stride
+        slot = (block * BLOCK_SIZE + offset).to(tl.int64)
+        entry = slot * entry_stride
         offset = next_offset
         seen = (start + lane < stop) & (start + lane >= lowest)
         inside = seen[:, None] & (feature < HEAD_SIZE)[None, :]
         key = tl.load(keys + entry[:, None] + feature[None, :], mask=inside, other=0.0)
-        key = widen(key, False) if UNIT else key.to(COMPUTE)
+        key = widened(key, False, COMPUTE)
         value = tl.load(values + entry[:, None] + feature[None, :], mask=inside, other=0.0)
-        value = widen(value, True) if UNIT else value.to(COMPUTE)
+        value = widened(value, True, COMPUTE)
         scores = tl.dot(queries, tl.trans(key), input_precision="ieee") * scale[:, None]
+        if SCALED:
+            key_scale = tl.load(key_scales + slot * scale_stride, mask=seen, other=0.0)
+            value_scale = tl.load(value_scales + slot * scale_stride, mask=seen, other=1.0)
+            value_scale = tl.where(value_scale < FAINTEST, FAINTEST, value_scale)
+            scores = scores * key_scale[None, :] + tl.log2(value_scale)[None, :]
         scores = tl.where(seen[None, :], scores, float("-inf"))
         new_best = tl.maximum(best, tl.max(scores, axis=1))
         weights = tl.exp2(scores - new_best[:, None])
         fade = tl.exp2(best - new_best)
-        masses = masses * fade[:, None] + weights
+        masses = masses * fade[:, None] + (weights / value_scale[None, :] if SCALED else weights)
         total = tl.dot(weights.to(COMPUTE), value, total * fade[:, None], input_precision="ieee")
         best = new_best
     return best, tl.sum(masses, axis=1), total
@@ -191,6 +223,8 @@ def decode_attention_kernel(
     q,
     keys,
     values,
+    key_scales,
+    value_scales,
     block_table,
     kv_length,
     out,
@@ -203,6 +237,7 @@ def decode_attention_kernel(
     q_head_stride,
     out_row_stride,
     entry_stride,
+    scale_stride,
     scale_log2,
     window,
     least,
@@ -216,6 +251,7 @@ def decode_attention_kernel(
     SIZE: tl.constexpr,
     COMPUTE: tl.constexpr,
     UNIT: tl.constexpr,
+    SCALED: tl.constexpr,
     WINDOWED: tl.constexpr,
     MOST: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -254,6 +290,9 @@ def decode_attention_kernel(
     stored = (head < GROUP)[:, None] & (feature < HEAD_SIZE)[None, :]
     stride = num_kv_heads * GROUP
     mark_stride = num_workers * 2 * stride
+    if SCALED:
+        key_scales += kv_head
+        value_scales += kv_head
     parts += kv_head * GROUP * SIZE
     marks += kv_head * GROUP
     if EARLY:  # noqa: SIM102 - one is known to the compiler, the other is not
@@ -288,17 +327,20 @@ def decode_attention_kernel(
             queries,
             keys + kv_head * HEAD_SIZE,
             values + kv_head * HEAD_SIZE,
+            key_scales,
+            value_scales,
             block_table + row.to(tl.int64) * block_table_stride,
             (skipped + tile - row_start) * TILE,
             tl.minimum((skipped + end - row_start) * TILE, length),
             lowest,
             scale,
             entry_stride,
+            scale_stride,
             TILE,
             BLOCK_SIZE,
             HEAD_SIZE,
             COMPUTE,
-            UNIT,
+            SCALED,
         )
         target = out + row.to(tl.int64) * out_row_stride + kv_head * GROUP * HEAD_SIZE
         if (tile == row_start) & (end == row_end):
@@ -348,10 +390,13 @@ class DecodeAttention:
     ) -> None:
         """Attend q [S, N, D], row s the last of kv_length[s] positions, into out [S, N, D]; no positions give zeros.
 
+        A cache may have "key_scales", "value_scales" [num_blocks, block_size, K], float32 and contiguous, by which the
+        numbers of each position and head are multiplied.
         What it launches depends on shapes alone, so that it can be captured and replayed with other lengths.
         """
         num_rows, num_heads, head_size = q.shape
         keys, values = cache["keys"], cache["values"]
+        key_scales, value_scales = cache.get("key_scales"), cache.get("value_scales")
         block_size, num_kv_heads = keys.shape[1:3]
         group = num_heads // num_kv_heads
         size = max(16, triton.next_power_of_2(head_size))
@@ -363,12 +408,16 @@ class DecodeAttention:
         part_heads = triton.next_power_of_2(group)
         marks = torch.empty((2, num_workers * 2, num_heads), dtype=torch.float32, device=q.device)
         parts = torch.empty((num_workers * 2, num_heads, size), dtype=torch.float32, device=q.device)
-        compute = compute_dtype(q.dtype, keys.dtype)
+        # The interpreter has no assembly, which widens integers.
+        integers = keys.dtype == torch.int8 and q.device.type != "cuda"
+        compute = tl.float32 if integers else compute_dtype(q.dtype, keys.dtype)
         pdl = overlaps(q.device)
         decode_attention_kernel[(num_kv_heads, num_workers)](
             q,
             keys,
             values,
+            key_scales,
+            value_scales,
             block_table,
             kv_length,
             out,
@@ -381,6 +430,7 @@ class DecodeAttention:
             q.stride(1),
             out.stride(0),
             keys.stride(1),
+            num_kv_heads,
             scale * LOG2_E,
             0 if window is None else window,
             least,
@@ -394,6 +444,7 @@ class DecodeAttention:
             SIZE=size,
             COMPUTE=compute,
             UNIT=compute == tl.float16 and q.dtype != torch.float16,
+            SCALED=key_scales is not None,
             WINDOWED=window is not None,
             MOST=tuning.most,
             CHUNK=min(tuning.most, max(1, COMBINED * 32 * tuning.warps // (part_heads * size))),

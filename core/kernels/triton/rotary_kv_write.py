@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from plexor.batch import LayerCache
-from plexor.kernels.triton.kv_write import saturated, storage_limit
+from plexor.kernels.triton.kv_write import code_scale, codes, peak_of, saturated, storage_limit
 from plexor.kernels.triton.pdl import launch_next, overlaps, wait
 
 MOST_HEADS = 32
@@ -46,10 +46,23 @@ def store_heads(x, target, head, num_heads, head_size, first, end, kept, limit):
 
 
 @triton.jit
+def store_codes(x, scale, target, head, num_heads, head_size, first, end, kept):
+    """Store load_heads' features as integers, if kept."""
+    place, inside = places(head, num_heads, head_size, first, end, x.shape[1])
+    tl.store(target + place, codes(x.to(tl.float32), scale), mask=inside & kept)
+
+
+@triton.jit
 def turn(first, second, cos, sin):
     """Both halves of what turns, rounded to the activations' dtype."""
     a, b = first.to(tl.float32), second.to(tl.float32)
     return (a * cos - b * sin).to(first.dtype), (b * cos + a * sin).to(first.dtype)
+
+
+@triton.jit
+def larger(a, b):
+    """Of two numbers that may be NaN, which stays."""
+    return tl.where((a > b) | (a != a), a, b)
 
 
 @triton.jit
@@ -64,6 +77,8 @@ def rotary_kv_write_kernel(
     out,
     keys,
     values,
+    key_scales,
+    value_scales,
     num_heads,
     num_kv_heads,
     head_size,
@@ -81,6 +96,7 @@ def rotary_kv_write_kernel(
     HALF: tl.constexpr,
     REST: tl.constexpr,
     SIZE: tl.constexpr,
+    SCALED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     launch_next(PDL)
@@ -115,24 +131,47 @@ def rotary_kv_write_kernel(
     keys += slot * entry_stride
     values += slot * entry_stride
     kept = slot >= 0
-    store_heads(value, values, kv_head, num_kv_heads, head_size, 0, head_size, kept, limit)
     k_first, k_second = turn(k_first, k_second, c, s)
-    store_heads(k_first, keys, kv_head, num_kv_heads, head_size, 0, half, kept, limit)
-    store_heads(k_second, keys + half, kv_head, num_kv_heads, head_size, 0, half, kept, limit)
     if REST > 0:
         store_heads(q_rest, out, head, num_heads, head_size, 2 * half, head_size, True, float("inf"))
-        store_heads(k_rest, keys, kv_head, num_kv_heads, head_size, 2 * half, head_size, kept, limit)
+    if SCALED:
+        key_scales += slot * num_kv_heads + kv_head
+        value_scales += slot * num_kv_heads + kv_head
+        there = kept & (kv_head < num_kv_heads)
+        scale = code_scale(peak_of(value.to(tl.float32)))
+        store_codes(value, scale, values, kv_head, num_kv_heads, head_size, 0, head_size, kept)
+        tl.store(value_scales, scale, mask=there)
+        peak = larger(peak_of(k_first.to(tl.float32)), peak_of(k_second.to(tl.float32)))
+        if REST > 0:
+            peak = larger(peak, peak_of(k_rest.to(tl.float32)))
+        scale = code_scale(peak)
+        store_codes(k_first, scale, keys, kv_head, num_kv_heads, head_size, 0, half, kept)
+        store_codes(k_second, scale, keys + half, kv_head, num_kv_heads, head_size, 0, half, kept)
+        if REST > 0:
+            store_codes(k_rest, scale, keys, kv_head, num_kv_heads, head_size, 2 * half, head_size, kept)
+        tl.store(key_scales, scale, mask=there)
+    else:
+        store_heads(value, values, kv_head, num_kv_heads, head_size, 0, head_size, kept, limit)
+        store_heads(k_first, keys, kv_head, num_kv_heads, head_size, 0, half, kept, limit)
+        store_heads(k_second, keys + half, kv_head, num_kv_heads, head_size, 0, half, kept, limit)
+        if REST > 0:
+            store_heads(k_rest, keys, kv_head, num_kv_heads, head_size, 2 * half, head_size, kept, limit)
 
 
 def rotary_kv_write(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, slots: Tensor, cache: LayerCache
 ) -> Tensor:
-    """As plexor.kernels.reference.rotary_kv_write; the cache's entries [K, D] are contiguous."""
+    """As plexor.kernels.reference.rotary_kv_write; the cache's entries [K, D] are contiguous.
+
+    Into a cache with "key_scales", "value_scales" keys and values go as scaled_kv_write stores them.
+    """
     num_tokens, num_heads, head_size = q.shape
     num_kv_heads, half = k.shape[1], cos.shape[1]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if num_tokens == 0:
         return out
+    key_scales, value_scales = cache.get("key_scales"), cache.get("value_scales")
+    scaled = key_scales is not None
     rest = head_size - 2 * half
     num_parts = triton.cdiv(num_heads, MOST_HEADS)
     heads, kv_heads = (triton.next_power_of_2(triton.cdiv(number, num_parts)) for number in (num_heads, num_kv_heads))
@@ -149,6 +188,8 @@ def rotary_kv_write(
         out,
         cache["keys"],
         cache["values"],
+        key_scales,
+        value_scales,
         num_heads,
         num_kv_heads,
         head_size,
@@ -160,12 +201,13 @@ def rotary_kv_write(
         v.stride(0),
         v.stride(1),
         cache["keys"].stride(1),
-        storage_limit(k.dtype, cache["keys"].dtype),
+        float("inf") if scaled else storage_limit(k.dtype, cache["keys"].dtype),
         HEADS=heads,
         KV_HEADS=kv_heads,
         HALF=triton.next_power_of_2(half),
         REST=triton.next_power_of_2(rest) if rest else 0,
         SIZE=size,
+        SCALED=scaled,
         PDL=pdl,
         launch_pdl=pdl,
         num_warps=triton.next_power_of_2(triton.cdiv((heads + 2 * kv_heads) * size, 32 * NUMBERS)),
