@@ -2,7 +2,7 @@
 
 What counts is by how much a layer's products take longer with attention between them: kernels overlap. Layers run in
 one CUDA graph with weights and caches of their own. Variants are held to the reference first; a wrong one is not timed.
-PARTs: check, few, many, long (all of them without one).
+PARTs: check, repeat, few, many, long (all of them without one).
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ STORAGES = {"bf16": torch.bfloat16, "e4m3": torch.float8_e4m3fn, "int8": torch.i
 FEW = ((1, 256), (4, 256), (8, 256), (16, 256), (8, 1024))
 MANY = ((32, 320), (64, 320), (256, 320))
 LONG = ((1, 65536), (8, 65536))
+REPEATS = 25
 
 Attend = Callable[[Tensor, LayerCache, Tensor, Tensor, float, int | None, Tensor], None]
 
@@ -78,10 +79,13 @@ class Step:
 
 def main() -> None:
     torch.manual_seed(0)
-    parts = sys.argv[1:] or ["check", "few", "many", "long"]
+    parts = sys.argv[1:] or ["check", "repeat", "few", "many", "long"]
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {NUM_HEADS}/{NUM_KV_HEADS} heads of {HEAD_SIZE}")
     if "check" in parts:
         check_all()
+    if "repeat" in parts:
+        for num_rows, length, name in ((8, 65536, "int8"), (8, 256, "bf16"), (8, 33, "bf16"), (16, 1000, "e4m3")):
+            repeat(num_rows, length, name)
     for part, shapes in (("few", FEW), ("many", MANY), ("long", LONG)):
         if part in parts:
             heads = (NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE)
@@ -92,21 +96,20 @@ def main() -> None:
                 time_step(*shape)
 
 
-def variants(num_rows: int, storage: torch.dtype) -> dict[str, Attend]:
+def variants(num_rows: int, length: int, storage: torch.dtype) -> dict[str, Attend]:
     """What is timed for so many rows."""
     cuts = all_cuts(num_rows, storage)
-    attends: dict[str, Attend] = {f"cuda {name}": ClusterAttention(_always(cut)) for name, cut in cuts.items()}
-    if storage != torch.int8:
-        attends["triton"] = SharedAttention()
-        for name, tuning in triton_variants(num_rows, storage).items():
-            attends[f"triton {name}"] = SharedAttention(_always(tuning))
+    attends: dict[str, Attend] = {"triton": SharedAttention()}
+    attends |= {f"cuda {name}": ClusterAttention(_always(cut)) for name, cut in cuts.items()}
+    for name, tuning in triton_variants(num_rows, length, storage).items():
+        attends[f"triton {name}"] = SharedAttention(_always(tuning))
     return attends
 
 
 def all_cuts(num_rows: int, storage: torch.dtype) -> dict[str, Cut]:
     processors = torch.cuda.get_device_properties(CUDA).multi_processor_count
     chosen = cut_for(num_rows, NUM_KV_HEADS, HEAD_SIZE * storage.itemsize, processors)
-    return {"chosen": chosen, **cluster_variants(chosen, num_rows)}
+    return cluster_variants(chosen, num_rows)
 
 
 def compile_all(kernels: Iterable[tuple[Cut, torch.dtype, tuple[int, int, int], int | None]]) -> None:
@@ -123,35 +126,43 @@ def compile_all(kernels: Iterable[tuple[Cut, torch.dtype, tuple[int, int, int], 
 
 
 def cluster_variants(chosen: Cut, num_rows: int) -> dict[str, Cut]:
-    found = {
-        "r128": replace(chosen, registers=128),
-        "r255": replace(chosen, registers=255),
-        "c8": replace(chosen, cluster=8, shifts=max(chosen.shifts, min(num_rows, 2))),
-    }
-    if num_rows <= 16:
-        found["least4"] = replace(chosen, least=4)
-        found["least8"] = replace(chosen, least=8)
-        found["w4"] = replace(chosen, warps=4)
-    if chosen.spread > 1:
-        found["half tiles"] = replace(chosen, spread=chosen.spread // 2)
+    """By name: blocks of a cluster, warps of a block, clusters of a KV head, bytes fetched around a load."""
+    shapes: tuple[tuple[int, int, int, int], ...]
     if num_rows > 16:
-        found["c4 r128"] = replace(chosen, cluster=4, shifts=max(8, -(-num_rows // 32)), registers=128)
-        found["c2 r128"] = replace(chosen, cluster=2, shifts=16, registers=128)
-        found["c1 r128"] = replace(chosen, cluster=1, shifts=32, registers=128)
-        found["c1 r152"] = replace(chosen, cluster=1, shifts=16)
-    return found
-
-
-def triton_variants(num_rows: int, storage: torch.dtype) -> dict[str, DecodeTuning]:
-    chosen = decode_tuning(num_rows, HEAD_SIZE, storage.itemsize)
-    if num_rows <= 16:
-        return {"many's": decode_tuning(64, HEAD_SIZE, storage.itemsize)}
+        shapes = ((1, 8, 16, 0), (1, 8, 16, 128), (1, 8, 16, 256), (2, 4, 32, 256), (1, 4, 32, 256))
+    elif num_rows == 1:
+        shapes = ((8, 8, 1, 0), (8, 8, 1, 256), (8, 4, 1, 256), (4, 4, 1, 0), (16, 4, 1, 256), (16, 8, 1, 128))
+    else:
+        n, half = num_rows, -(-num_rows // 2)
+        shapes = ((8, 4, half, 0), (8, 4, half, 256), (4, 4, n, 0), (4, 4, n, 256), (4, 4, half, 256), (2, 8, n, 256))
+        shapes = (*shapes, (2, 4, n, 256), (8, 4, -(-n // 4), 256), (16, 4, 1, 256), (16, 8, 1, 256))
     return {
-        "early": replace(chosen, early=True),
-        "s4": replace(chosen, stages=4),
-        "tile64": replace(chosen, tile=64),
-        "tile64 p3": replace(chosen, tile=64, programs=3, registers=160),
+        f"c{cluster} w{warps} s{shifts} f{fetch}": replace(
+            chosen,
+            cluster=cluster,
+            warps=warps,
+            shifts=max(shifts, -(-num_rows // 32)),
+            registers=128,
+            fetch=fetch if chosen.spread == 1 else min(fetch, 128),
+        )
+        for cluster, warps, shifts, fetch in shapes
     }
+
+
+def triton_variants(num_rows: int, length: int, storage: torch.dtype) -> dict[str, DecodeTuning]:
+    """None for few rows of few positions."""
+    if num_rows * length < 1 << 13:
+        return {}
+    chosen = decode_tuning(64, HEAD_SIZE, storage.itemsize)
+    few = {"many's": chosen} if num_rows <= 16 else {}
+    if storage == torch.bfloat16:
+        return {**few, "p5": replace(chosen, programs=5, registers=96)}
+    found = {**few, "t64": replace(chosen, tile=64), "t64 s2": replace(chosen, tile=64, stages=2)}
+    if storage == torch.float8_e4m3fn:
+        found["t64 w2 p8"] = replace(chosen, tile=64, warps=2, programs=8, stages=2)
+        found["t128 s2"] = replace(chosen, tile=128, stages=2, programs=3, registers=168)
+        found["t32 w2 p8"] = replace(chosen, tile=32, warps=2, programs=8)
+    return found
 
 
 def _always(choice: Any) -> Callable[..., Any]:
@@ -165,16 +176,52 @@ def time_step(num_rows: int, length: int) -> None:
         plain = timed(step, None)
         expected = None
         cells = []
-        for variant, attend in variants(num_rows, storage).items():
-            if expected is None:
-                expected = run(step, SharedAttention()) if storage != torch.int8 else run(step, attend)
+        for variant, attend in variants(num_rows, length, storage).items():
             y = run(step, attend)
+            expected = y if expected is None else expected
             if not agree(y, expected):
                 cells.append(f"{variant} WRONG by {float((y - expected).abs().max()):.3g}")
                 continue
             seconds = timed(step, attend) - plain
             cells.append(f"{variant} {seconds * 1e6:.1f} ({step.cache_bytes / seconds / 1e12:.2f})")
         print(f"{num_rows} x {length} {name}: products {plain * 1e6:.1f} us; + " + ", ".join(cells), flush=True)
+
+
+def repeat(num_rows: int, length: int, name: str) -> None:
+    """Say how often the same launches differ from what they give one at a time, and in which rows at most.
+
+    The newest entries are spoiled before each time, so that one that is read too early shows.
+    """
+    step = make_step(num_rows, length, STORAGES[name], 3)
+    report = []
+    attends: dict[str, Attend | None] = {
+        "products": None,
+        **dict(list(variants(num_rows, length, STORAGES[name]).items())[:3]),
+    }
+    for variant, attend in attends.items():
+        expected = run(step, attend, ("project", "attend", "add"))
+        for apart in (("project",), ("attend",), ()):
+            wrong = torch.zeros(num_rows, dtype=torch.int64, device=CUDA)
+            for _ in range(REPEATS):
+                spoil(step)
+                wrong += (run(step, attend, apart) != expected).any(1)
+            report.append(f"{variant} {'+'.join(apart) or 'together'} {int(wrong.max())}")
+        graph, y = captured(step, attend)
+        wrong = torch.zeros(num_rows, dtype=torch.int64, device=CUDA)
+        for _ in range(REPEATS * max(1, 4096 // length)):
+            spoil(step)
+            graph.replay()
+            wrong += (y != expected).any(1)
+        report.append(f"{variant} graph {int(wrong.max())}")
+    print(f"repeat {num_rows} x {length} {name}: " + "; ".join(report), flush=True)
+
+
+def spoil(step: Step) -> None:
+    """Overwrite the newest entries, which the step writes."""
+    for layer in step.layers:
+        if "key_scales" not in layer.cache:
+            for part in layer.cache.values():
+                part.view(torch.uint8).flatten(0, 1)[step.slots] = 0x45
 
 
 def make_step(num_rows: int, length: int, storage: torch.dtype, num_layers: int) -> Step:
@@ -223,32 +270,41 @@ def make_cache(shape: tuple[int, int, int, int], storage: torch.dtype) -> LayerC
     return parts
 
 
-def run(step: Step, attend: Attend | None) -> Tensor:
-    """The step's result; without attention the queries take its place."""
+def run(step: Step, attend: Attend | None, apart: Sequence[str] = ()) -> Tensor:
+    """The step's result; without attention the queries take its place. apart: launches that are waited for."""
     project, add = NormRotaryLinear(), LinearAdd()
+    spare = make_cache((2, BLOCK_SIZE, NUM_KV_HEADS, HEAD_SIZE), DTYPE)
     x = step.x
-    spare = None
     for layer in step.layers:
-        cache = layer.cache
-        if "key_scales" in cache:  # another kernel writes there: let this one write elsewhere
-            spare = make_cache((2, BLOCK_SIZE, NUM_KV_HEADS, HEAD_SIZE), DTYPE) if spare is None else spare
-            cache = spare
-        slots = step.slots if cache is layer.cache else step.slots % BLOCK_SIZE
+        # Another kernel writes integers: where they are read, this one writes elsewhere.
+        elsewhere = "key_scales" in layer.cache
+        cache, slots = (spare, step.slots % BLOCK_SIZE) if elsewhere else (layer.cache, step.slots)
         q = project(x, layer.gain, 1e-5, layer.qkv, step.cos, step.sin, step.positions, slots, cache)
+        if "project" in apart:
+            torch.cuda.synchronize()
         out = q
         if attend is not None:
             out = torch.empty_like(q)
             attend(q, layer.cache, step.block_table, step.kv_length, HEAD_SIZE**-0.5, None, out)
+        if "attend" in apart:
+            torch.cuda.synchronize()
         x = add(out.flatten(1), layer.out, x)
+        if "add" in apart:
+            torch.cuda.synchronize()
     return x
+
+
+def captured(step: Step, attend: Attend | None) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    run(step, attend)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = run(step, attend)
+    return graph, y
 
 
 def timed(step: Step, attend: Attend | None) -> float:
     """Seconds of one layer, the median of replays."""
-    run(step, attend)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run(step, attend)
+    graph, _ = captured(step, attend)
     graph.replay()
     times = []
     for _ in range(REPLAYS):

@@ -21,7 +21,8 @@
 //   values   positions 2 t, 2 t + 1, and + 8, chunks g, g + 8    pairs of positions, picked from two registers, are its A
 //
 // The compiler is given: HEAD_SIZE (64 or 128), GROUP (at most 8), BLOCK_SIZE (a multiple of 16), STORAGE, HALF (q is
-// float16, otherwise bfloat16), WINDOWED, SUB, WARPS, CLUSTER, LEAST (tiles of a share at least) and REGISTERS.
+// float16, otherwise bfloat16), WINDOWED, SUB, WARPS, CLUSTER, LEAST (tiles of a share at least), REGISTERS
+// and FETCH (".L2::256B" brings as much into the L2 with each load).
 
 #define SAME 0    // entries in the dtype of q
 #define FLOAT8 1  // float8_e4m3fn
@@ -91,7 +92,7 @@ __device__ __forceinline__ void load_words(u32* target, const void* source, bool
       "{\n"
       ".reg .pred there;\n"
       "setp.ne.b32 there, %5, 0;\n"
-      "@there ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+      "@there ld.global.cg" FETCH ".v4.u32 {%0, %1, %2, %3}, [%4];\n"
       "}"
       : "+r"(target[0]), "+r"(target[1]), "+r"(target[2]), "+r"(target[3])
       : "l"(source), "r"((int)there)
@@ -103,7 +104,7 @@ __device__ __forceinline__ void load_two_words(u32* target, const void* source, 
       "{\n"
       ".reg .pred there;\n"
       "setp.ne.b32 there, %3, 0;\n"
-      "@there ld.global.cg.v2.u32 {%0, %1}, [%2];\n"
+      "@there ld.global.cg" FETCH ".v2.u32 {%0, %1}, [%2];\n"
       "}"
       : "+r"(target[0]), "+r"(target[1])
       : "l"(source), "r"((int)there)
@@ -348,9 +349,9 @@ __device__ __forceinline__ float weigh(
         float x = scores[s][h][e] * scale;
         if (STORAGE == SCALED) {
           // A value's scale is in its weight: best is of the two together, so that float16 can hold the weights.
-          float faint = __shfl_sync(~0u, value_scales[offset / 32], offset % 32);
+          float faint = __shfl_sync(~0u, value_scales[s / 2], offset % 32);
           faint = faint < FAINTEST ? FAINTEST : faint;
-          x = x * __shfl_sync(~0u, key_scales[offset / 32], offset % 32) + __log2f(faint);
+          x = x * __shfl_sync(~0u, key_scales[s / 2], offset % 32) + __log2f(faint);
           inverse[s][h][e] = __fdividef(1, faint);
         }
         x = position >= row.lowest && position < row.length ? x : __int_as_float(0xff800000);

@@ -61,7 +61,7 @@ class Cut:
 
     warps: of a block. cluster: blocks that share a KV head's rows. shifts: clusters of each KV head, which share the
     rows out. spread: 16 positions, so many times, are a tile. least: tiles of a block at least. registers: of a thread
-    at most.
+    at most. fetch: bytes that each load brings into the L2, 0 for what it needs.
     """
 
     warps: int
@@ -70,6 +70,7 @@ class Cut:
     spread: int
     least: int
     registers: int
+    fetch: int = 0
 
 
 def cut_for(num_rows: int, num_kv_heads: int, entry_bytes: int, num_processors: int) -> Cut:
@@ -141,7 +142,7 @@ _SCALES = ("key_scales", "value_scales")
 def compiled(device: int, cut: Cut, sizes: tuple[int, int, int], storage: int, half: bool, windowed: bool) -> Program:
     """The kernel for heads of these sizes (features, query heads of a KV head, entries of a block) on this device."""
     head_size, group, block_size = sizes
-    defines = {
+    defines: dict[str, int | str] = {
         "HEAD_SIZE": head_size,
         "GROUP": group,
         "BLOCK_SIZE": block_size,
@@ -153,6 +154,7 @@ def compiled(device: int, cut: Cut, sizes: tuple[int, int, int], storage: int, h
         "CLUSTER": cut.cluster,
         "LEAST": cut.least,
         "REGISTERS": cut.registers,
+        "FETCH": f'".L2::{cut.fetch}B"' if cut.fetch else '""',
     }
     shared_bytes = (cut.warps + 2) * group * (4 * head_size + 8)
     sources = (LINEAR_HEADER, Path(__file__).with_name("decode_attention.cu"))
