@@ -199,6 +199,20 @@ def check_one_hot(group_size: int, rounds: bool, cut: W4Cut, inputs: int) -> Non
         raise AssertionError
 
 
+def check_rounding(rows: int, inputs: int, dtype: torch.dtype) -> None:
+    """Rows are rounded as the reference rounds them, but for their order and the last bit of few quotients."""
+    x = torch.randn(rows, inputs, device=DEVICE).to(dtype)
+    x[0] = 0
+    codes, scale = round_e4m3(x)
+    ready = prepare(x, None, True, None, MOST_COLUMNS)
+    assert ready.scale is not None
+    assert torch.equal(ready.scale, scale.flatten()), "scales differ"
+    # Of 32 features: place 16 h + 4 t + i holds feature 8 t + 4 h + i.
+    ordered = codes.float().reshape(rows, -1, 4, 2, 4).transpose(2, 3).reshape(rows, inputs)
+    share = float((ready.x.float() != ordered).float().mean())
+    assert share < 1e-5, f"{share:.2%} of the codes differ"
+
+
 def check() -> None:
     bf16, fp16 = torch.bfloat16, torch.float16
     one_hot = (
@@ -210,7 +224,8 @@ def check() -> None:
         (128, False, W4Cut(64), 512),
         (32, False, W4Cut(32), 544),
     )
-    failures = 0
+    failures = attempt("rounding of bf16", partial(check_rounding, 300, 14336, bf16))
+    failures += attempt("rounding of fp16", partial(check_rounding, 17, 288, fp16))
     for group_size, rounds, cut, inputs in one_hot:
         label = f"one-hot {inputs} inputs, groups of {group_size}, {'e4m3' if rounds else 'bf16'}, {cut}"
         failures += attempt(label, partial(check_one_hot, group_size, rounds, cut, inputs))
@@ -238,7 +253,7 @@ def check() -> None:
         label = f"{rows} rows {outputs} x {inputs} {epilogue} groups of {group_size} zero {zero} e4m3 {rounds} {chosen}"
         case = partial(check_case, rows, outputs, inputs, epilogue, chosen, rounds, weight, dtype)
         failures += attempt(label, case)
-    print(f"{failures} of {len(one_hot) + len(cases)} checks failed", flush=True)
+    print(f"{failures} of {2 + len(one_hot) + len(cases)} checks failed", flush=True)
     if failures:
         sys.exit(1)
 
@@ -299,9 +314,12 @@ class Timer:
         self._linears = {name: [W4Linear() for _ in range(LAYERS)] for name in SHAPES}
         self._best: dict[str, W4Cut] = {}
 
-    def time(self) -> None:
-        for name in SHAPES:
+    def time(self, names: Sequence[str]) -> None:
+        """The products of these names, and a chain of layers if they are all."""
+        for name in names:
             print(self._time_product(name), flush=True)
+        if set(names) != set(SHAPES):
+            return
         microseconds = time_graph(self._run_layers) / self._repeats
         print(f"T {self._rows} a layer in a chain, prepared and multiplied: {microseconds:.1f} us", flush=True)
 
@@ -354,6 +372,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("check", "time"))
     parser.add_argument("--rows", nargs="+", type=int, default=(64, 128, 256, 8192))
+    parser.add_argument("--products", nargs="+", choices=tuple(SHAPES), default=tuple(SHAPES))
     parser.add_argument("--kept", action="store_true", help="x is multiplied as it is, not rounded to e4m3")
     arguments = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -362,9 +381,13 @@ def main() -> None:
         check()
     else:
         torch.manual_seed(0)
-        weights = {name: [Weight.draw(*sizes) for _ in range(LAYERS)] for name, sizes in SHAPES.items()}
+        weights = {
+            name: [Weight.draw(*sizes) for _ in range(LAYERS)]
+            for name, sizes in SHAPES.items()
+            if name in arguments.products
+        }
         for rows in arguments.rows:
-            Timer(weights, rows, not arguments.kept).time()
+            Timer(weights, rows, not arguments.kept).time(arguments.products)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ _LONGEST_UNIT = 128
 _MOST_STAGES = 16
 # Of the 227 KB that a block may have, its barriers take a part.
 _SHARED_BYTES = 226 * 1024
-_STAGED_BYTES = 16 * 1024
+_FEWEST_STAGED = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +98,7 @@ def layout(coded: CodedCall, cut: W4Cut) -> tuple[int, int]:
     stage = ROWS * STAGE_INPUTS + cut.columns * STAGE_INPUTS * (1 if rounds(coded) else 2)
     if coded.codes.zero is not None:
         stage += -(-STAGE_INPUTS // unit(coded.codes) * cut.columns * 4 // 1024) * 1024
-    rest = _STAGED_BYTES if cut.split == 1 and cut.columns >= 64 else 0
+    staged = cut.split == 1 and cut.columns >= _FEWEST_STAGED
+    rest = 256 * (cut.columns if coded.codes.zero is None else _FEWEST_STAGED) if staged else 0
     stages = min((_SHARED_BYTES - rest) // stage, _MOST_STAGES)
     return stages, stages * stage + rest

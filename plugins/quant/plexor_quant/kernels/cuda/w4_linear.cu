@@ -50,11 +50,13 @@ constexpr int MOST_STAGES = 16;
 constexpr int BAND = 8;  // column tiles that are multiplied by all weights before the next: they stay in the L2
 
 #define STAGED (SPLIT == 1 && COLUMNS >= 64)  // whether the epilogue goes through shared memory
-constexpr int STAGED_COLUMNS = 64;            // at once
+constexpr int STAGED_COLUMNS = ZERO ? 64 : COLUMNS;  // at once
 constexpr int STAGED_BYTES = STAGED_COLUMNS * 128;  // of a warpgroup
 
 #define PART (COLUMNS / PARTS)  // columns of one wgmma
 constexpr int PART_SUMS = PART / 2;
+
+constexpr u64 EVICT_NORMAL = 0x1000000000000000ull;
 
 static_assert(SPLIT == 1 || SHARE == 1, "a cluster shares a tile or x");
 static_assert(PART >= 32, "a part has 32 columns at least");
@@ -201,11 +203,11 @@ __device__ __forceinline__ void load_weights(u32* a, u32 rows, int step, int lan
   }
 }
 
-__device__ __forceinline__ void copy_weight(u32 target, const TensorMap* map, int octet, int box, u32 barrier) {
+__device__ __forceinline__ void copy_weight(u32 target, const TensorMap* map, int octet, int box, u32 barrier, u64 policy) {
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
       "[%0], [%1, {%2, %3, %4, %5}], [%6], %7;"
-      ::"r"(target), "l"(map), "r"(box * STAGE_K / 2), "r"(0), "r"(0), "r"(octet), "r"(barrier), "l"(EVICT_FIRST)
+      ::"r"(target), "l"(map), "r"(box * STAGE_K / 2), "r"(0), "r"(0), "r"(octet), "r"(barrier), "l"(policy)
       : "memory");
 }
 
@@ -232,6 +234,7 @@ __device__ __forceinline__ void copy_sums(u32 target, const float* sums, u32 bar
 }
 
 __device__ __forceinline__ void cluster_barrier() {
+  __syncwarp();
   asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
@@ -241,10 +244,15 @@ __device__ __forceinline__ u32 remote(u32 address, int rank) {
   return there;
 }
 
-__device__ __forceinline__ float load_remote(u32 address, int rank) {
-  float value;
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(remote(address, rank)) : "memory");
-  return value;
+// Adds four numbers that lie in another block's memory.
+__device__ __forceinline__ void add_remote(float* sums, u32 address) {
+  float four[4];
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(four[0]), "=f"(four[1]), "=f"(four[2]), "=f"(four[3])
+               : "r"(address)
+               : "memory");
+#pragma unroll
+  for (int i = 0; i < 4; i++) sums[i] += four[i];
 }
 
 // One thread of each warpgroup says that a stage has been read, to all blocks that write it.
@@ -435,7 +443,7 @@ __device__ __forceinline__ void store_eight(
   u16* target = (u16*)a.y + m * a.y_stride + row;
 #if EPILOGUE == GATED
 #pragma unroll
-  for (int i = 0; i < 8; i++) first[i] = first[i] / (1.0f + __expf(-first[i])) * second[i];
+  for (int i = 0; i < 8; i++) first[i] = __fdividef(first[i], 1.0f + __expf(-first[i])) * second[i];
   *(uint4*)target = narrow_eight(first);
 #else
 #if EPILOGUE == ADD
@@ -464,8 +472,9 @@ __device__ __forceinline__ uint4 load_shared(u32 address) {
 
 // The epilogue of a warpgroup's share of a tile, through shared memory, so that 64 bytes of a token are stored at once.
 //
-// rows: where the tile's first group begins; target: the warpgroup's memory, 64 tokens of 128 bytes, 16 bytes of which
-// are eight rows: those of the first group, then those of the second, swizzled as the copy engine does it.
+// rows: where the tile's first group begins; target: the warpgroup's memory, 128 bytes a token, 16 bytes of which are
+// eight rows: those of the first group, then those of the second, swizzled as the copy engine does it. All operands are
+// asked for before the first is needed.
 __device__ __forceinline__ void finish_staged(
     const Arguments& a, const Coded& c, const float* totals, int column, int rows, u32 target, int group, int warp,
     int lane) {
@@ -475,33 +484,33 @@ __device__ __forceinline__ void finish_staged(
     bias[0] = widen(((const u16*)a.bias)[row]);
     bias[1] = widen(((const u16*)a.bias)[row + a.pair]);
   }
+  EightOperands operands[COLUMNS / 32];
+#pragma unroll
+  for (int i = 0; i < COLUMNS / 32; i++) {
+    const int m = column + thread / 4 + i * 32;
+    if (m < a.num_rows) operands[i] = load_eight(a, m, rows + group * 32 + thread % 4 * 8);
+  }
+  float scale[TILES_N][2];
+#pragma unroll
+  for (int n = 0; n < TILES_N; n++)
+#pragma unroll
+    for (int e = 0; e < 2; e++) {
+      const int m = column + n * 8 + lane % 4 * 2 + e;
+      scale[n][e] = !E4M3 ? UNIT_VALUE : m < a.num_rows ? UNIT_VALUE * c.token_scale[m] : 0.0f;
+    }
 #pragma unroll
   for (int part = 0; part < COLUMNS / STAGED_COLUMNS; part++) {
-    const int first_column = column + part * STAGED_COLUMNS;
-    const float* sums = totals + part * STAGED_COLUMNS / 2;
-    EightOperands operands[STAGED_COLUMNS / 32];
+    asm volatile("bar.sync %0, 128;" ::"r"(2 + group) : "memory");  // what lay there before has been read
 #pragma unroll
-    for (int i = 0; i < STAGED_COLUMNS / 32; i++) {
-      const int m = first_column + thread / 4 + i * 32;
-      if (m < a.num_rows) operands[i] = load_eight(a, m, rows + group * 32 + thread % 4 * 8);
-    }
-    float scale[STAGED_COLUMNS / 8][2];
-#pragma unroll
-    for (int n = 0; n < STAGED_COLUMNS / 8; n++)
-#pragma unroll
-      for (int e = 0; e < 2; e++) {
-        const int m = first_column + n * 8 + lane % 4 * 2 + e;
-        scale[n][e] = !E4M3 ? UNIT_VALUE : m < a.num_rows ? UNIT_VALUE * c.token_scale[m] : 0.0f;
-      }
-#pragma unroll
-    for (int n = 0; n < STAGED_COLUMNS / 8; n += 2) {
+    for (int n = part * (STAGED_COLUMNS / 8); n < (part + 1) * (STAGED_COLUMNS / 8); n += 2) {
       u32 matrices[4];
 #pragma unroll
       for (int i = 0; i < 4; i++) {
-        const float* sum = sums + (n + i / 2) * 4 + i % 2 * 2;
+        const float* sum = totals + (n + i / 2) * 4 + i % 2 * 2;
         matrices[i] = narrow_two(sum[0] * scale[n + i / 2][0] + bias[i % 2], sum[1] * scale[n + i / 2][1] + bias[i % 2]);
       }
-      const int token = (n + lane / 16) * 8 + lane % 8, chunk = (lane / 8 % 2 * 4 + warp) ^ (lane % 8);
+      const int token = (n % (STAGED_COLUMNS / 8) + lane / 16) * 8 + lane % 8;
+      const int chunk = (lane / 8 % 2 * 4 + warp) ^ (lane % 8);
       asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
                    ::"r"(target + token * 128 + chunk * 16), "r"(matrices[0]), "r"(matrices[1]), "r"(matrices[2]),
                    "r"(matrices[3])
@@ -510,38 +519,48 @@ __device__ __forceinline__ void finish_staged(
     asm volatile("bar.sync %0, 128;" ::"r"(2 + group) : "memory");
 #pragma unroll
     for (int i = 0; i < STAGED_COLUMNS / 32; i++) {
-      const int token = thread / 4 + i * 32, chunk = thread % 4;
+      const int token = thread / 4 + i * 32, m = column + part * STAGED_COLUMNS + token, chunk = thread % 4;
       const u32 address = target + token * 128;
-      if (first_column + token < a.num_rows)
-        store_eight(a, first_column + token, rows + group * 32 + chunk * 8, load_shared(address + (chunk ^ token % 8) * 16),
-                    load_shared(address + ((chunk + 4) ^ token % 8) * 16), operands[i]);
+      if (m < a.num_rows)
+        store_eight(a, m, rows + group * 32 + chunk * 8, load_shared(address + (chunk ^ token % 8) * 16),
+                    load_shared(address + ((chunk + 4) ^ token % 8) * 16), operands[part * (STAGED_COLUMNS / 32) + i]);
     }
-    asm volatile("bar.sync %0, 128;" ::"r"(2 + group) : "memory");
   }
 }
 
 #else
-// The epilogue of COUNT times eight columns, whose operands are all asked for before the first is needed.
+// What the epilogue of COUNT times eight columns needs, asked for before the products are there.
 template <int COUNT>
-__device__ __forceinline__ void finish(const Arguments& a, const Coded& c, const float* totals, int column, int row) {
+struct ColumnOperands {
   Operands operands[COUNT][2];
   float scale[COUNT][2];
+};
+
+template <int COUNT>
+__device__ __forceinline__ void load_columns(
+    ColumnOperands<COUNT>& columns, const Arguments& a, const Coded& c, int column, int row) {
 #pragma unroll
   for (int n = 0; n < COUNT; n++)
 #pragma unroll
     for (int e = 0; e < 2; e++) {
       const int m = column + n * 8 + e;
       if (m >= a.num_rows) continue;
-      operands[n][e] = load_operands(a, m, row);
-      scale[n][e] = E4M3 ? UNIT_VALUE * c.token_scale[m] : UNIT_VALUE;
+      columns.operands[n][e] = load_operands(a, m, row);
+      columns.scale[n][e] = E4M3 ? UNIT_VALUE * c.token_scale[m] : UNIT_VALUE;
     }
+}
+
+template <int COUNT>
+__device__ __forceinline__ void store_columns(
+    const ColumnOperands<COUNT>& columns, const Arguments& a, const float* totals, int column, int row) {
 #pragma unroll
   for (int n = 0; n < COUNT; n++)
 #pragma unroll
     for (int e = 0; e < 2; e++) {
       const int m = column + n * 8 + e;
+      const float scale = columns.scale[n][e];
       if (m >= a.num_rows) continue;
-      store_pair(a, m, row, totals[n * 4 + e] * scale[n][e], totals[n * 4 + e + 2] * scale[n][e], operands[n][e]);
+      store_pair(a, m, row, totals[n * 4 + e] * scale, totals[n * 4 + e + 2] * scale, columns.operands[n][e]);
     }
 }
 #endif
@@ -572,20 +591,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) w4_linear(
   let_next_kernel_start();
   int stage = 0;
   u32 phase = 0;
-  float totals[TILES_N * 4];
   const int group = warp / 4, row = group * 32 + warp % 4 * 8 + lane / 4;
   if (warp >= CONSUMERS / 32) {
 #if COLUMNS == 128
     asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
 #endif
     if (warp == CONSUMERS / 32 && lane == 0) {
+      const u64 policy = num_column_tiles > 1 ? EVICT_NORMAL : EVICT_FIRST;  // weights may be wanted again
       for (int item = first_item; item < num_items; item += item_step) {
         const Tile tile = tile_of(item, num_row_tiles, num_column_tiles, rank);
         const int octet = tile_row(tile.row_tile, ROWS, a.pair) / 8;
         for (int box = first_box; box < end_box; box++) {
           barrier_wait(empty + 8 * stage, phase ^ 1);
           barrier_expect(full + 8 * stage, WEIGHT_BYTES);
-          copy_weight(base + stage * STAGE_BYTES, &weight_map, octet, box, full + 8 * stage);
+          copy_weight(base + stage * STAGE_BYTES, &weight_map, octet, box, full + 8 * stage, policy);
           if (++stage == a.stages) stage = 0, phase ^= 1;
         }
       }
@@ -612,11 +631,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) w4_linear(
         }
       }
     }
+    for (int i = 0; i < (SPLIT > 1) + (CLUSTER > 1); i++) cluster_barrier();  // as the consumers do
   } else {
 #if COLUMNS == 128
     asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
 #endif
     float sums[TILES_N * 4];
+    alignas(16) float totals[TILES_N * 4];
     u32 weights[2][4 * STEP_MULTIPLIES];
     Grid grid, next_grid;
     const u32 warp_rows = base + (group * 64 + warp % 4 * 16) * 128;
@@ -677,37 +698,36 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) w4_linear(
       finish_staged(a, c, totals, tile.column * COLUMNS, first_row - row, base + a.stages * STAGE_BYTES + group * STAGED_BYTES,
                     group, warp % 4, lane);
 #elif SPLIT == 1
-#pragma unroll
-      for (int n = 0; n < TILES_N; n += 4)
-        finish<4>(a, c, totals + n * 4, tile.column * COLUMNS + n * 8 + lane % 4 * 2, first_row);
+      ColumnOperands<TILES_N> columns;
+      const int column = tile.column * COLUMNS + lane % 4 * 2;
+      load_columns(columns, a, c, column, first_row);
+      store_columns(columns, a, totals, column, first_row);
 #endif
     }
-  }
 #if SPLIT > 1
-  // The ring is drained: its memory holds each thread's totals for the other blocks of the cluster.
-  if (warp < CONSUMERS / 32) {
-    asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");
-#pragma unroll
-    for (int i = 0; i < TILES_N * 4; i++) ((float*)ring)[i * CONSUMERS + threadIdx.x] = totals[i];
-  }
-  __syncwarp();
-  cluster_barrier();
-  if (warp < CONSUMERS / 32) {
+    // The ring is drained: its memory holds each thread's totals for the other blocks of the cluster.
+    constexpr int OWN = TILES_N / SPLIT;  // times eight columns that this block finishes
     const Tile tile = tile_of(first_item, num_row_tiles, num_column_tiles, rank);
     const int first_row = tile_row(tile.row_tile, ROWS, a.pair) + row;
-    for (int n = TILES_N * rank / SPLIT; n < TILES_N * (rank + 1) / SPLIT; n++) {
-      float total[4] = {};
+    const int column = tile.column * COLUMNS + rank * OWN * 8 + lane % 4 * 2;
+    ColumnOperands<OWN> columns;
+    asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");
 #pragma unroll
-      for (int r = 0; r < SPLIT; r++)
+    for (int n = 0; n < TILES_N; n++) ((float4*)ring)[n * CONSUMERS + threadIdx.x] = *(const float4*)(totals + n * 4);
+    load_columns(columns, a, c, column, first_row);
+    cluster_barrier();
 #pragma unroll
-        for (int i = 0; i < 4; i++) total[i] += load_remote(base + ((n * 4 + i) * CONSUMERS + threadIdx.x) * 4, r);
-      finish<1>(a, c, total, tile.column * COLUMNS + n * 8 + lane % 4 * 2, first_row);
+    for (int i = 0; i < OWN * 4; i++) sums[i] = 0.0f;
+#pragma unroll
+    for (int r = 0; r < SPLIT; r++) {
+      const u32 there = remote(base + (rank * OWN * CONSUMERS + threadIdx.x) * 16, r);
+#pragma unroll
+      for (int n = 0; n < OWN; n++) add_remote(sums + n * 4, there + n * CONSUMERS * 16);
     }
+    store_columns(columns, a, sums, column, first_row);
+#endif
+#if SPLIT * SHARE > 1
+    cluster_barrier();  // no block ends while another may still write or read its memory
+#endif
   }
-#endif
-#if CLUSTER > 1
-  // No block ends while another may still write or read its memory.
-  __syncwarp();
-  cluster_barrier();
-#endif
 }

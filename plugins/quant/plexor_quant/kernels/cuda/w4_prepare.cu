@@ -34,6 +34,32 @@ __device__ __forceinline__ void widen_eight(float* values, uint4 raw) {
   }
 }
 
+__device__ __forceinline__ u32 narrow_two(float low, float high) {
+  u32 pair;
+#if HALF
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+#else
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+#endif
+  return pair;
+}
+
+// The larger magnitudes of two pairs of numbers of x's type; the first has no signs.
+__device__ __forceinline__ u32 larger_two(u32 largest, u32 pair) {
+#if HALF
+  asm("max.f16x2 %0, %0, %1;" : "+r"(largest) : "r"(pair & 0x7FFF7FFF));
+#else
+  asm("max.bf16x2 %0, %0, %1;" : "+r"(largest) : "r"(pair & 0x7FFF7FFF));
+#endif
+  return largest;
+}
+
+// As a division, but for the last bit of few quotients.
+__device__ __forceinline__ float divide(float value, float divisor, float inverse) {
+  const float quotient = value * inverse;
+  return fmaf(fmaf(-quotient, divisor, value), inverse, quotient);
+}
+
 // Of all threads of the block, with the sum or the maximum of two.
 template <bool LARGER>
 __device__ __forceinline__ float reduce(float value, float* shared) {
@@ -67,10 +93,10 @@ __device__ __forceinline__ float sum_two(u32 codes) {
 
 extern "C" __global__ void __launch_bounds__(THREADS) w4_prepare(const __grid_constant__ Row r) {
   __shared__ float shared[2][THREADS / 32];
-  float values[CHUNKS][8];
-  uint4 gains[CHUNKS];
+  uint4 raw[CHUNKS];
   let_next_kernel_start();
 #if NORM
+  uint4 gains[CHUNKS];
 #pragma unroll
   for (int c = 0; c < CHUNKS; c++) {
     const int feature = (c * THREADS + threadIdx.x) * 8;
@@ -82,43 +108,50 @@ extern "C" __global__ void __launch_bounds__(THREADS) w4_prepare(const __grid_co
 #pragma unroll
   for (int c = 0; c < CHUNKS; c++) {
     const int feature = (c * THREADS + threadIdx.x) * 8;
-    widen_eight(values[c], feature < r.num_inputs ? *(const uint4*)(x + feature) : uint4{});
+    raw[c] = feature < r.num_inputs ? *(const uint4*)(x + feature) : uint4{};
   }
 #if NORM
   float squares = 0.0f;
 #pragma unroll
-  for (int c = 0; c < CHUNKS; c++)
+  for (int c = 0; c < CHUNKS; c++) {
+    float values[8];
+    widen_eight(values, raw[c]);
 #pragma unroll
-    for (int i = 0; i < 8; i++) squares = fmaf(values[c][i], values[c][i], squares);
-  const float inverse = rsqrtf(reduce<false>(squares, shared[0]) / r.num_inputs + r.eps);
+    for (int i = 0; i < 8; i++) squares = fmaf(values[i], values[i], squares);
+  }
+  const float inverse_norm = rsqrtf(reduce<false>(squares, shared[0]) / r.num_inputs + r.eps);
 #pragma unroll
   for (int c = 0; c < CHUNKS; c++) {
-    float gain[8];
+    float values[8], gain[8];
+    widen_eight(values, raw[c]);
     widen_eight(gain, gains[c]);
 #pragma unroll
-    for (int i = 0; i < 8; i++) values[c][i] = widen(narrow(widen(narrow(values[c][i] * inverse)) * gain[i]));
+    for (int i = 0; i < 8; i++) values[i] = widen(narrow(values[i] * inverse_norm)) * gain[i];
+    raw[c] = {narrow_two(values[0], values[1]), narrow_two(values[2], values[3]), narrow_two(values[4], values[5]),
+              narrow_two(values[6], values[7])};
   }
 #endif
 #if E4M3
-  float largest = 0.0f;
+  u32 largest = 0;
 #pragma unroll
   for (int c = 0; c < CHUNKS; c++)
-#pragma unroll
-    for (int i = 0; i < 8; i++) largest = fmaxf(largest, fabsf(values[c][i]));
-  const float scale = fmaxf(__fdiv_rn(reduce<true>(largest, shared[1]), LARGEST), SMALLEST_SCALE);
+    largest = larger_two(larger_two(larger_two(larger_two(largest, raw[c].x), raw[c].y), raw[c].z), raw[c].w);
+  const float magnitude = reduce<true>(fmaxf(widen((u16)largest), widen((u16)(largest >> 16))), shared[1]);
+  const float scale = fmaxf(__fdiv_rn(magnitude, LARGEST), SMALLEST_SCALE), inverse = __fdiv_rn(1.0f, scale);
   if (threadIdx.x == 0) r.scale[blockIdx.x] = scale;
 #endif
 #pragma unroll
   for (int c = 0; c < CHUNKS; c++) {
     const int feature = (c * THREADS + threadIdx.x) * 8, place = feature / 32 * 32, t = feature / 8 % 4;
     const long long start = (long long)blockIdx.x * r.num_inputs + place;
-    float sum = 0.0f;
+    float values[8], sum = 0.0f;
+    widen_eight(values, raw[c]);
 #if E4M3
     u32 codes[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      codes[i] = round_two(__fdiv_rn(values[c][2 * i], scale), __fdiv_rn(values[c][2 * i + 1], scale));
-      sum += sum_two(codes[i]);
+      codes[i] = round_two(divide(values[2 * i], scale, inverse), divide(values[2 * i + 1], scale, inverse));
+      if (UNIT) sum += sum_two(codes[i]);
     }
     if (feature < r.num_inputs) {
       u32* out = (u32*)((char*)r.out + start) + t;
@@ -127,11 +160,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) w4_prepare(const __grid_co
     }
 #else
 #pragma unroll
-    for (int i = 0; i < 8; i++) sum += values[c][i];
+    for (int i = 0; i < 8; i++) sum += values[i];
     if (feature < r.num_inputs) {
       u32* out = (u32*)((u16*)r.out + start) + t;
 #pragma unroll
-      for (int i = 0; i < 4; i++) out[4 * i] = narrow(values[c][i]) | (u32)narrow(values[c][i + 4]) << 16;
+      for (int i = 0; i < 4; i++) out[4 * i] = narrow_two(values[i], values[i + 4]);
     }
 #endif
 #if UNIT
