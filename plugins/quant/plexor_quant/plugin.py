@@ -152,6 +152,9 @@ def kernels() -> Iterable[Kernel]:
         _on_cpu("int4_wo_linear"),
         _on_cpu("int4_wo_grouped_linear"),
         replace(_on_cpu("int8_paged_attention"), kv_dtypes=frozenset({"int8"})),
+        _on_int8_cache("int8_kv_write", "scaled_kv_write"),
+        _on_int8_cache("int8_rotary_kv_write", "rotary_kv_write"),
+        replace(_on_int8_cache("int8_paged_attention", "ScaledPagedAttention"), refuses=_refuses_attention),
         *fusions.kernels(),
         *_sparse24_kernels(),
         *_stored_kernels(),
@@ -271,6 +274,25 @@ def _stored_kernels() -> tuple[Kernel, ...]:
 
 def _on_cpu(op: str) -> Kernel:
     return Kernel(op=op, provider="cpu", load=f"plexor_quant.kernels.cpu.{op}:{op}", devices=_CPU, dtypes=_FLOATS)
+
+
+def _on_int8_cache(op: str, name: str) -> Kernel:
+    """A Triton kernel of the core's, for entries with scales."""
+    return Kernel(
+        op=op,
+        provider="triton",
+        load=f"plexor.api:{name}",
+        devices=_CUDA,
+        dtypes=_FLOATS,
+        kv_dtypes=frozenset({"int8"}),
+    )
+
+
+def _refuses_attention(facts: Facts) -> str | None:
+    head_size = facts.shape.get("head_size", 0)
+    if head_size > 256:
+        return f"holds a head of at most 256 features in registers, not {head_size}"
+    return None
 
 
 def _cache_ops() -> tuple[Op, ...]:
