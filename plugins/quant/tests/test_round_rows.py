@@ -89,6 +89,11 @@ def assert_close(codes: Tensor, scale: Tensor, dense: Tensor, dtype: torch.dtype
     assert ((scale / expected - 1).abs() < 2 * torch.finfo(dense.dtype).eps).all()
 
 
+def test_features_need_not_be_adjacent() -> None:
+    x = torch.randn(48, 5, dtype=torch.float16, device="cuda" if torch.cuda.is_available() else "cpu").t()
+    assert torch.equal(round_rows(x, torch.int8)[0], round_int8(x)[0])
+
+
 def test_no_rows_give_no_codes() -> None:
     codes, scale = round_rows(torch.zeros(0, 64), torch.int8)
     assert codes.shape == (0, 64)

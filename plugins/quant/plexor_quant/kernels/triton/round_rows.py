@@ -13,9 +13,6 @@ from torch import Tensor
 from plexor.api import launch_next, overlaps, wait
 from plexor_quant.rounding import E4M3_MAX, INT8_MAX, SMALLEST_SCALE
 
-MOST_FEATURES = 32768
-"""Of a row that one program can hold."""
-
 LARGEST = {torch.float8_e4m3fn: E4M3_MAX, torch.int8: INT8_MAX}
 """Of the dtypes that codes may have."""
 
@@ -82,7 +79,7 @@ def round_gated_kernel(
 
 
 def round_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x [T, n], whose features are adjacent -> codes [T, n] in e4m3 or int8, scale float32 [T, 1]."""
+    """x [T, n] -> codes [T, n] in e4m3 or int8, scale float32 [T, 1]."""
     return _round(x, None, 0.0, dtype)
 
 
@@ -93,7 +90,7 @@ def round_normed(x: Tensor, gain: Tensor, eps: float, dtype: torch.dtype) -> tup
 
 def round_gated(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """As `round_rows` of silu(first half) * second half of each row of x [T, 2 n], rounded to x's dtype."""
-    size = x.shape[1] // 2
+    x, size = _adjacent(x), x.shape[1] // 2
     codes, scale = _results(x, size, dtype)
     if x.shape[0]:
         round_gated_kernel[(x.shape[0],)](
@@ -103,13 +100,18 @@ def round_gated(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def _round(x: Tensor, gain: Tensor | None, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    size = x.shape[1]
+    x, size = _adjacent(x), x.shape[1]
     codes, scale = _results(x, size, dtype)
     if x.shape[0]:
         round_rows_kernel[(x.shape[0],)](
             x, gain, codes, scale, size, x.stride(0), eps, LARGEST[dtype], SMALLEST_SCALE, **_options(x, size, dtype)
         )
     return codes, scale
+
+
+def _adjacent(x: Tensor) -> Tensor:
+    """x [T, n] with features one after the other."""
+    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def _results(x: Tensor, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
