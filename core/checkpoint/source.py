@@ -31,8 +31,8 @@ INDEX_FILE: Final = "model.safetensors.index.json"
 _MAX_HEADER_BYTES: Final = 100_000_000
 _MAX_SIZE: Final = 2**63 - 1
 _PICKLES: Final = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
-_FINITE_CHUNK: Final = 1 << 22  # stays in a CPU's cache
-_FINITE_CHUNK_ON_DEVICE: Final = 1 << 28  # few launches, and little memory where numbers are widened
+_FINITE_CHUNK: Final = 1 << 22  # stays in a CPU's cache, and takes little memory where numbers are widened
+_FINITE_CHUNK_ON_DEVICE: Final = 1 << 28  # few launches
 _DAMAGED: Final = "the file is damaged, download it again."
 DTYPES: Final[Mapping[str, torch.dtype]] = MappingProxyType(
     {
@@ -217,7 +217,8 @@ def check_finite(tensor: Tensor, info: TensorInfo) -> None:
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return
     values = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    chunk = _FINITE_CHUNK if values.device.type == "cpu" else _FINITE_CHUNK_ON_DEVICE
+    is_small = values.device.type == "cpu" or values.dtype.itemsize == 1
+    chunk = _FINITE_CHUNK if is_small else _FINITE_CHUNK_ON_DEVICE
     pieces = torch.split(values.reshape(-1), chunk)
     if all(_is_finite(_widen(piece)) for piece in pieces):
         return

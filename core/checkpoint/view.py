@@ -38,6 +38,11 @@ class Grid:
     order: Tensor | None = None
     factor: Tensor | None = None
 
+    def rows(self, rows: slice) -> Grid:
+        """The same of some rows."""
+        zero_point = None if self.zero_point is None else self.zero_point[rows]
+        return replace(self, numbers=self.numbers[rows], scale=self.scale[rows], zero_point=zero_point)
+
 
 @runtime_checkable
 class GridSource(Protocol):

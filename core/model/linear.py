@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,8 +19,8 @@ Cut = Literal["out", "in", "none"]
 """Which features the ranks share out: "out" (column parallel), "in" (row parallel), "none" (each holds all)."""
 
 
-AT_ONCE = 1 << 23
-"""Numbers of a weight that are converted together; formats take some times their four bytes in float32 on the way."""
+AT_ONCE = 1 << 22
+"""Numbers of a weight that are converted together; formats take several times their four bytes in float32 for it."""
 
 LEAST_ROWS = 128
 
@@ -124,7 +124,8 @@ class LinearWeight(nn.Module):
         offset = sum(len(rows) for rows in self._rows[:part])
         grid = view.grid(*where) if isinstance(self._format, GridFormat) else None
         if grid is not None and isinstance(self._format, GridFormat) and self._format.takes(grid):
-            self._keep(self._format.keep(grid), view, group, offset)
+            for some in self._slices(len(grid.numbers)):
+                self._keep(self._format.keep(grid.rows(some)), view, group, offset + some.start)
             return
         self._convert(view, where, group, offset)
 
@@ -132,11 +133,14 @@ class LinearWeight(nn.Module):
         """Read and convert some rows at a time: what that takes on the way does not grow with the weight."""
         device = self.stored[self._storage[0].name].device
         rows, columns = where
-        step = rows_at_once(len(self._columns))
-        for start in range(rows.start, rows.stop, step):
-            part = slice(start, min(start + step, rows.stop))
+        for some in self._slices(rows.stop - rows.start):
+            part = slice(rows.start + some.start, rows.start + some.stop)
             weight = view.read_as(self._dtype, part, columns).to(device)
-            self._keep(self._format.convert(weight), view, group, offset + start - rows.start)
+            self._keep(self._format.convert(weight), view, group, offset + some.start)
+
+    def _slices(self, num_rows: int) -> Iterator[slice]:
+        step = rows_at_once(len(self._columns))
+        return (slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step))
 
     def _keep(self, converted: dict[str, Tensor], view: TensorView, group: int, offset: int) -> None:
         """Put what a format made of some rows of a tensor, the first at `offset`, in its place."""

@@ -67,7 +67,8 @@ def pack(numbers: Tensor) -> Tensor:
     """
     packed = (numbers[..., 0::2] + ZERO).view(torch.uint8)
     high = (numbers[..., 1::2] + ZERO).view(torch.uint8)
-    packed[..., : high.shape[-1]] |= high << 4  # an odd row's last nibble stays PADDING
+    high <<= 4
+    packed[..., : high.shape[-1]] |= high  # an odd row's last nibble stays PADDING
     return packed
 
 

@@ -29,6 +29,7 @@ from plexor_quant.stored.source import (
     groups_of,
     scale_of_groups,
     sizes_of,
+    some_rows,
     unpacked,
 )
 
@@ -94,11 +95,12 @@ class _Layer:
     def _numbers(self, name: str, lines: range, rows: range) -> Tensor:
         """int8 [rows, lines] from -8 to 7 of a tensor [lines, out / 8]."""
         words = slice(rows.start // 8, -(-rows.stop // 8))
-        stored = unpacked(self.source.read(name, (slice(lines.start, lines.stop), words)), 4)
-        slots = stored.reshape(len(lines), -1, 8)
-        features = stored.new_empty(slots.shape[1], 8, len(lines))
-        for feature, slot in enumerate(SLOT_OF_FEATURE):
-            features[:, feature] = slots[:, :, slot].T
+        stored = self.source.read(name, (slice(lines.start, lines.stop), words))
+        features = torch.empty(stored.shape[1], 8, len(lines), dtype=torch.uint8, device=stored.device)
+        for some in some_rows(stored.shape[1], 8 * len(lines)):
+            slots = unpacked(stored[:, some], 4).reshape(len(lines), -1, 8)
+            for feature, slot in enumerate(SLOT_OF_FEATURE):
+                features[some, feature] = slots[:, :, slot].T
         start = rows.start - words.start * 8
         return centred(features.flatten(0, 1)[start : start + len(rows)], 4)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,6 +11,9 @@ from torch import Tensor
 
 from plexor.api import CheckpointError, Grid, LinearFormat, TensorInfo, TensorSource
 from plexor_quant.stored.scheme import Scheme
+
+AT_ONCE = 1 << 22
+"""Numbers that are unpacked together."""
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 E4M3 = torch.float8_e4m3fn
@@ -245,9 +248,18 @@ def read_packed(source: TensorSource, name: str, others: range, packed: range, a
     words = slice(packed.start // each, -(-packed.stop // each))
     index = (words, span(others)) if axis == 0 else (span(others), words)
     stored = source.read(name, index)
-    numbers = unpacked(stored.T if axis == 0 else stored, bits)
     start = packed.start - words.start * each
-    return numbers[:, start : start + len(packed)].contiguous()
+    numbers = torch.empty(len(others), len(packed), dtype=torch.uint8, device=stored.device)
+    for some in some_rows(len(others), len(packed)):
+        part = stored[:, some].T if axis == 0 else stored[some]
+        numbers[some] = unpacked(part, bits)[:, start : start + len(packed)]
+    return numbers
+
+
+def some_rows(num_rows: int, num_columns: int) -> Iterator[slice]:
+    """Rows that are unpacked together, so that what it takes does not grow with the weight."""
+    step = max(AT_ONCE // max(num_columns, 1), 1)
+    return (slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step))
 
 
 def is_ordered(source: TensorSource, name: str, in_features: int, size: int) -> bool:
