@@ -160,6 +160,7 @@ def triton_variants(num_rows: int, length: int, storage: torch.dtype) -> dict[st
     found = {**few, "t64": replace(chosen, tile=64), "t64 s2": replace(chosen, tile=64, stages=2)}
     if storage == torch.float8_e4m3fn:
         found["t64 w2 p8"] = replace(chosen, tile=64, warps=2, programs=8, stages=2)
+        found["t32 w1 p8"] = replace(chosen, tile=32, warps=1, programs=8, registers=255)
         found["t128 s2"] = replace(chosen, tile=128, stages=2, programs=3, registers=168)
         found["t32 w2 p8"] = replace(chosen, tile=32, warps=2, programs=8)
     return found
