@@ -1,9 +1,9 @@
 """Measures what a rotation of the residual stream gives a precision: perplexity of a text, with and without it.
 
-    python bench/rotation.py MODEL --text FILE --calibrate FILE [--precision w4a_fp8] [--characters N] [--windows 16]
+    python bench/rotation.py MODEL --text FILE [--precision w4a_fp8] [--characters N] [--windows 24] [--seeds 2]
 
 Rows: "nearest" (plain rounding) and the precision's own calibration, each on the checkpoint as it is and rotated by
-plexor_quant.calibration.rotation. Everything stays in memory, as in bench/calibration.py; activations are bfloat16.
+plexor_quant.calibration.rotation. Calibrated on the text of bench/calibration.py, in memory; activations are bfloat16.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from calibration import DTYPE, put, standard_library
 from torch.nn.functional import cross_entropy
 
-from plexor.api import Catalog, Decoder, GroupedLinear, Linear, RMSNorm, VocabEmbedding
+from plexor.api import Catalog, Decoder, VocabEmbedding
 from plexor.checkpoint.tokenizer import load_tokenizer
 from plexor.runtime.loading import BuiltModel
 from plexor.testing.architecture import load_model, run
@@ -25,7 +26,6 @@ from plexor_quant.calibration.layers import calibrate
 from plexor_quant.calibration.rotation import rotate
 from plexor_quant.calibration.scheme import Scheme, find_scheme
 
-DTYPE = torch.bfloat16
 SCORED = 1024
 
 
@@ -35,7 +35,7 @@ def main() -> None:
     path = catalog.resolve_model(arguments.model)
     encode = load_tokenizer(path).encode
     scored = encode(arguments.text.read_text(encoding="utf-8")[: arguments.characters], add_special_tokens=False)
-    seen = encode(arguments.calibrate.read_text(encoding="utf-8"), add_special_tokens=False)
+    seen = encode(standard_library(), add_special_tokens=False)
     scheme = find_scheme(arguments.precision)
     dense = _perplexity(load_model(path, catalog, dtype=DTYPE), scored)
     print(f"dense: {dense:.3f}")
@@ -54,11 +54,10 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--calibrate", type=Path, required=True)
     parser.add_argument("--characters", type=int, default=None, help="characters of the text (default: all)")
     parser.add_argument("--precision", default="w4a_fp8")
     parser.add_argument("--window", type=int, default=512)
-    parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--windows", type=int, default=24)
     parser.add_argument("--seeds", type=int, default=2, help="rotations that are drawn")
     return parser.parse_args()
 
@@ -81,20 +80,11 @@ def _fill(
         rotate(built.module, built.build, seed)
         _untie(target)
     kept = calibrate(built.module, built.build, tokens, window, scheme, gain_dtype=DTYPE)
-    modules = dict(target.module.named_modules())
+    put(target.module, built.module, kept)
+    tables = dict(target.module.named_modules())
     for name, module in built.module.named_modules():
-        if isinstance(module, RMSNorm | VocabEmbedding):
-            _copy(modules[name], module)
-        elif name in kept:
-            linear = modules[name]
-            assert isinstance(linear, Linear | GroupedLinear)
-            for key, tensor in kept[name].items():
-                linear.stored[key].copy_(tensor)
-
-
-def _copy(target: torch.nn.Module, source: RMSNorm | VocabEmbedding) -> None:
-    assert isinstance(target, RMSNorm | VocabEmbedding)
-    target.weight.copy_(source.weight)
+        if isinstance(module, VocabEmbedding):
+            tables[name].get_buffer("weight").copy_(module.weight)
 
 
 def _untie(target: BuiltModel) -> None:
