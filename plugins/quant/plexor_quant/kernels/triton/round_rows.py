@@ -16,8 +16,10 @@ from plexor_quant.rounding import E4M3_MAX, INT8_MAX, SMALLEST_SCALE
 LARGEST = {torch.float8_e4m3fn: E4M3_MAX, torch.int8: INT8_MAX}
 """Of the dtypes that codes may have."""
 
-_NUMBERS = 32
-"""That a thread holds, so that all loads of a row are under way at once."""
+_NUMBERS, _FEW_NUMBERS = 32, 8
+"""That a thread holds: all loads of a row are under way at once, and few rows, which leave room, are done sooner."""
+
+_FEW_ROWS = 256
 
 
 @triton.jit
@@ -121,5 +123,6 @@ def _results(x: Tensor, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def _options(x: Tensor, size: int, dtype: torch.dtype) -> dict[str, int | bool]:
     width, pdl = triton.next_power_of_2(size), overlaps(x.device)
-    warps = min(16, max(4, width // (32 * _NUMBERS)))
+    numbers = _FEW_NUMBERS if x.shape[0] <= _FEW_ROWS else _NUMBERS
+    warps = min(16, max(4, width // (32 * numbers)))
     return {"WIDTH": width, "INTEGER": dtype == torch.int8, "PDL": pdl, "launch_pdl": pdl, "num_warps": warps}
