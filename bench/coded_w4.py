@@ -91,14 +91,16 @@ class Weight:
 class Inputs:
     """What epilogues need besides a product, for so many rows."""
 
-    def __init__(self, rows: int, hidden: int, kv_heads: int, dtype: torch.dtype = DTYPE) -> None:
-        half = HEAD // 2
+    def __init__(
+        self, rows: int, hidden: int, kv_heads: int, dtype: torch.dtype = DTYPE, head_size: int = HEAD
+    ) -> None:
+        half = head_size // 2
         angle = torch.arange(rows + 9, device=DEVICE).unsqueeze(1) * 10000.0 ** (
             -torch.arange(half, device=DEVICE) / half
         )
         slots = torch.randperm(2 * rows, device=DEVICE)[:rows]
         slots[::7] = -1
-        entries = (-(-2 * rows // 16), 16, kv_heads, HEAD)
+        entries = (-(-2 * rows // 16), 16, kv_heads, head_size)
         self.cache = {part: torch.zeros(entries, dtype=dtype, device=DEVICE) for part in ("keys", "values")}
         self.rotation = Rotation(angle.cos(), angle.sin(), torch.arange(rows, device=DEVICE) + 9, slots, self.cache)
         self.norm = Norm((1 + 0.1 * torch.randn(hidden, device=DEVICE)).to(dtype), EPS)
@@ -137,8 +139,8 @@ def expected(
         return ((functional.silu(first) * second).to(x.dtype),)
     if epilogue == "store":
         return (y.to(x.dtype),)
-    heads = y.to(x.dtype).unflatten(1, (-1, HEAD))
-    kv_heads = inputs.cache["keys"].shape[2]
+    kv_heads, head_size = inputs.cache["keys"].shape[2:]
+    heads = y.to(x.dtype).unflatten(1, (-1, head_size))
     q, k, v = heads.split((heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads), dim=1)
     where = inputs.rotation
     for entries in inputs.cache.values():
@@ -156,13 +158,14 @@ def check_case(
     rounds: bool,
     weight: Weight,
     dtype: torch.dtype,
+    head_size: int = HEAD,
 ) -> None:
     """AssertionError where the kernels do not agree with the reference."""
     x = torch.randn(rows, inputs + 8, device=DEVICE).to(dtype)[:, :inputs]
     x[0] = 0
     x[-1, inputs // 2] = 60
-    kv_heads = outputs // HEAD // 4
-    around = Inputs(rows, inputs, kv_heads, dtype)
+    kv_heads = outputs // head_size // 4
+    around = Inputs(rows, inputs, kv_heads, dtype, head_size)
     residual = torch.randn(rows, outputs, device=DEVICE).to(dtype)
     wanted = expected(epilogue, around, x, weight, residual, rounds)
     for entries in around.cache.values():
@@ -253,7 +256,11 @@ def check() -> None:
         label = f"{rows} rows {outputs} x {inputs} {epilogue} groups of {group_size} zero {zero} e4m3 {rounds} {chosen}"
         case = partial(check_case, rows, outputs, inputs, epilogue, chosen, rounds, weight, dtype)
         failures += attempt(label, case)
-    print(f"{failures} of {2 + len(one_hot) + len(cases)} checks failed", flush=True)
+    small_heads = Weight.draw(1536, 1024)
+    for rows in (17, 200):
+        case = partial(check_case, rows, 1536, 1024, "rotary", None, True, small_heads, bf16, 64)
+        failures += attempt(f"{rows} rows, heads of 64", case)
+    print(f"{failures} of {4 + len(one_hot) + len(cases)} checks failed", flush=True)
     if failures:
         sys.exit(1)
 

@@ -122,3 +122,13 @@ def test_products_are_the_reference_s(
     torch.manual_seed(rows)
     weight = Weight.draw(1536, 1056, group_size, zero=zero)
     check_case(rows, 1536, 1056, epilogue, None, e4m3, weight, dtype)
+
+
+@pytest.mark.gpu
+@GPU
+@pytest.mark.parametrize("rows", [17, 130])
+def test_heads_of_64_features_are_rotated(rows: int) -> None:
+    from bench.coded_w4 import Weight, check_case
+
+    torch.manual_seed(rows)
+    check_case(rows, 1536, 1024, "rotary", None, True, Weight.draw(1536, 1024), BF16, 64)

@@ -25,6 +25,7 @@ from plexor_quant.kernels.cuda.w4_layout import (
     lies_well,
     rounds,
     rule,
+    share_rows,
     unit,
 )
 
@@ -45,6 +46,7 @@ class _Coded(ctypes.Structure):
         ("sum_stride", ctypes.c_int),
         ("num_groups", ctypes.c_int),
         ("group_units", ctypes.c_int),
+        ("share_rows", ctypes.c_int),
     )
 
 
@@ -141,7 +143,7 @@ class W4Linear:
         clusters = items if cut.split > 1 else min(items, num_multiprocessors(x) // cut.share)
         program.launch(
             clusters * cut.split * cut.share,
-            (self._weight_map(weight, pair), x_map, arguments, _grid(coded.codes, prepared)),
+            (self._weight_map(weight, pair), x_map, arguments, _grid(coded.codes, prepared, pair)),
         )
 
     def _weight_map(self, weight: Tensor, pair: int) -> Any:
@@ -149,9 +151,10 @@ class W4Linear:
         key = (weight.data_ptr(), weight.shape, pair)
         if key not in self._weight_maps:
             num_outputs, num_bytes = weight.shape
-            sizes = (num_bytes, 8, 2, (num_outputs - pair) // 8)
-            strides = (num_bytes, pair * num_bytes, 8 * num_bytes)
-            self._weight_maps[key] = tensor_map(weight, sizes, strides, (128, 8, 2, 8))
+            apart = share_rows(pair)
+            sizes = (num_bytes, 8, 2, 4, (num_outputs - pair) // apart + (pair < apart))
+            strides = (num_bytes, pair * num_bytes, 8 * num_bytes, apart * num_bytes)
+            self._weight_maps[key] = tensor_map(weight, sizes, strides, (128, 8, 2, 4, 2))
         return self._weight_maps[key]
 
 
@@ -170,8 +173,8 @@ def _defines(coded: CodedCall, cut: W4Cut) -> Mapping[str, int]:
     }
 
 
-def _grid(codes: Codes, prepared: Prepared) -> _Coded:
-    grid = _Coded(scale=codes.scale.data_ptr(), num_groups=codes.num_groups)
+def _grid(codes: Codes, prepared: Prepared, pair: int) -> _Coded:
+    grid = _Coded(scale=codes.scale.data_ptr(), num_groups=codes.num_groups, share_rows=share_rows(pair))
     grid.group_units = _ONE_GROUP if codes.num_groups == 1 else codes.group_size // unit(codes)
     if prepared.scale is not None:
         grid.token_scale = prepared.scale.data_ptr()

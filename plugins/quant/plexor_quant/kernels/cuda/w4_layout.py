@@ -13,6 +13,7 @@ from plexor_quant.kernels.cuda.coded import Activations, CodedCall, Codes
 ROWS = 64
 """Half of the weight rows of a tile."""
 
+_SHARE_ROWS = 32
 STAGE_INPUTS = 256
 MOST_COLUMNS = 128
 """Of a tile: rows of x."""
@@ -55,7 +56,7 @@ def lies_well(coded: CodedCall) -> bool:
         codes.is_packed
         and coded.activations is not Activations.INT8
         and takes(codes.weight.shape[0], codes.num_inputs, codes.group_size)
-        and (call.pair or ROWS) % ROWS == 0
+        and (call.pair == _SHARE_ROWS or (call.pair or ROWS) % ROWS == 0)
         and all(address % 16 == 0 for address in addresses)
         and all(stride % 8 == 0 for stride in strides)
     )
@@ -64,6 +65,11 @@ def lies_well(coded: CodedCall) -> bool:
 def unit(codes: Codes) -> int:
     """Inputs whose products are summed before they are scaled."""
     return _LONGEST_UNIT if codes.num_groups == 1 else min(codes.group_size, _LONGEST_UNIT)
+
+
+def share_rows(pair: int) -> int:
+    """Rows between the first ones of a tile's two warpgroups: pairs closer than half a tile lie in it two and two."""
+    return ROWS if pair < ROWS else _SHARE_ROWS
 
 
 def takes(num_outputs: int, num_inputs: int, group_size: int) -> bool:

@@ -69,6 +69,7 @@ struct Coded {
   int sum_stride;
   int num_groups;
   int group_units;  // units of GROUP k that share a scale
+  int share_rows;   // between the first rows of the two warpgroups
 };
 
 #if E4M3
@@ -203,11 +204,11 @@ __device__ __forceinline__ void load_weights(u32* a, u32 rows, int step, int lan
   }
 }
 
-__device__ __forceinline__ void copy_weight(u32 target, const TensorMap* map, int octet, int box, u32 barrier, u64 policy) {
+__device__ __forceinline__ void copy_weight(u32 target, const TensorMap* map, int share, int box, u32 barrier, u64 policy) {
   asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
-      "[%0], [%1, {%2, %3, %4, %5}], [%6], %7;"
-      ::"r"(target), "l"(map), "r"(box * STAGE_K / 2), "r"(0), "r"(0), "r"(octet), "r"(barrier), "l"(policy)
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%2, %3, %4, %5, %6}], [%7], %8;"
+      ::"r"(target), "l"(map), "r"(box * STAGE_K / 2), "r"(0), "r"(0), "r"(0), "r"(share), "r"(barrier), "l"(policy)
       : "memory");
 }
 
@@ -277,6 +278,11 @@ __device__ __forceinline__ Tile tile_of(int item, int num_row_tiles, int num_col
   const int units = num_row_tiles / SHARE, band = item / (units * BAND), rest = item - band * units * BAND;
   const int width = min(BAND, num_column_tiles - band * BAND);
   return {rest / width * SHARE + (SHARE > 1 ? rank : 0), band * BAND + rest % width};
+}
+
+// The first row of a tile. Pairs closer than half a tile lie in a tile two and two.
+__device__ __forceinline__ int row_of(int row_tile, const Arguments& a) {
+  return a.pair < ROWS ? row_tile * 2 * ROWS : tile_row(row_tile, ROWS, a.pair);
 }
 
 // Scales, and zero points, of a stage's units for the two rows of a lane, as they are stored.
@@ -472,13 +478,13 @@ __device__ __forceinline__ uint4 load_shared(u32 address) {
 
 // The epilogue of a warpgroup's share of a tile, through shared memory, so that 64 bytes of a token are stored at once.
 //
-// rows: where the tile's first group begins; target: the warpgroup's memory, 128 bytes a token, 16 bytes of which are
+// rows: where the warpgroup's first group begins; target: the warpgroup's memory, 128 bytes a token, 16 bytes of which are
 // eight rows: those of the first group, then those of the second, swizzled as the copy engine does it. All operands are
 // asked for before the first is needed.
 __device__ __forceinline__ void finish_staged(
     const Arguments& a, const Coded& c, const float* totals, int column, int rows, u32 target, int group, int warp,
     int lane) {
-  const int thread = threadIdx.x % 128, row = rows + group * 32 + warp * 8 + lane / 4;
+  const int thread = threadIdx.x % 128, row = rows + warp * 8 + lane / 4;
   float bias[2] = {};
   if (a.bias) {
     bias[0] = widen(((const u16*)a.bias)[row]);
@@ -488,7 +494,7 @@ __device__ __forceinline__ void finish_staged(
 #pragma unroll
   for (int i = 0; i < COLUMNS / 32; i++) {
     const int m = column + thread / 4 + i * 32;
-    if (m < a.num_rows) operands[i] = load_eight(a, m, rows + group * 32 + thread % 4 * 8);
+    if (m < a.num_rows) operands[i] = load_eight(a, m, rows + thread % 4 * 8);
   }
   float scale[TILES_N][2];
 #pragma unroll
@@ -522,7 +528,7 @@ __device__ __forceinline__ void finish_staged(
       const int token = thread / 4 + i * 32, m = column + part * STAGED_COLUMNS + token, chunk = thread % 4;
       const u32 address = target + token * 128;
       if (m < a.num_rows)
-        store_eight(a, m, rows + group * 32 + chunk * 8, load_shared(address + (chunk ^ token % 8) * 16),
+        store_eight(a, m, rows + chunk * 8, load_shared(address + (chunk ^ token % 8) * 16),
                     load_shared(address + ((chunk + 4) ^ token % 8) * 16), operands[part * (STAGED_COLUMNS / 32) + i]);
     }
   }
@@ -591,7 +597,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) w4_linear(
   let_next_kernel_start();
   int stage = 0;
   u32 phase = 0;
-  const int group = warp / 4, row = group * 32 + warp % 4 * 8 + lane / 4;
+  const int group = warp / 4, row = group * c.share_rows + warp % 4 * 8 + lane / 4;
   if (warp >= CONSUMERS / 32) {
 #if COLUMNS == 128
     asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
@@ -600,11 +606,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) w4_linear(
       const u64 policy = num_column_tiles > 1 ? EVICT_NORMAL : EVICT_FIRST;  // weights may be wanted again
       for (int item = first_item; item < num_items; item += item_step) {
         const Tile tile = tile_of(item, num_row_tiles, num_column_tiles, rank);
-        const int octet = tile_row(tile.row_tile, ROWS, a.pair) / 8;
+        const int first_share = row_of(tile.row_tile, a) / c.share_rows;
         for (int box = first_box; box < end_box; box++) {
           barrier_wait(empty + 8 * stage, phase ^ 1);
           barrier_expect(full + 8 * stage, WEIGHT_BYTES);
-          copy_weight(base + stage * STAGE_BYTES, &weight_map, octet, box, full + 8 * stage, policy);
+          copy_weight(base + stage * STAGE_BYTES, &weight_map, first_share, box, full + 8 * stage, policy);
           if (++stage == a.stages) stage = 0, phase ^= 1;
         }
       }
@@ -642,12 +648,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) w4_linear(
     Grid grid, next_grid;
     const u32 warp_rows = base + (group * 64 + warp % 4 * 16) * 128;
     if (first_item < num_items)
-      load_grid(next_grid, c, tile_row(tile_of(first_item, num_row_tiles, num_column_tiles, rank).row_tile, ROWS, a.pair) + row,
-                a.pair, first_box);
+      load_grid(next_grid, c, row_of(tile_of(first_item, num_row_tiles, num_column_tiles, rank).row_tile, a) + row, a.pair,
+                first_box);
     wait_for_previous_kernel();
     for (int item = first_item; item < num_items; item += item_step) {
       const Tile tile = tile_of(item, num_row_tiles, num_column_tiles, rank);
-      const int first_row = tile_row(tile.row_tile, ROWS, a.pair) + row;
+      const int first_row = row_of(tile.row_tile, a) + row;
 #pragma unroll
       for (int i = 0; i < TILES_N * 4; i++) totals[i] = 0.0f;
       barrier_wait(full + 8 * stage, phase);
@@ -658,7 +664,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) w4_linear(
           load_grid(next_grid, c, first_row, a.pair, box + 1);
         } else if (item + item_step < num_items) {
           const Tile next = tile_of(item + item_step, num_row_tiles, num_column_tiles, rank);
-          load_grid(next_grid, c, tile_row(next.row_tile, ROWS, a.pair) + row, a.pair, first_box);
+          load_grid(next_grid, c, row_of(next.row_tile, a) + row, a.pair, first_box);
         }
         const u32 x = base + stage * STAGE_BYTES + WEIGHT_BYTES;
         const float* x_sums = (const float*)(ring + stage * STAGE_BYTES + WEIGHT_BYTES + X_BYTES);
@@ -695,8 +701,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) w4_linear(
         }
       }
 #if STAGED
-      finish_staged(a, c, totals, tile.column * COLUMNS, first_row - row, base + a.stages * STAGE_BYTES + group * STAGED_BYTES,
-                    group, warp % 4, lane);
+      finish_staged(a, c, totals, tile.column * COLUMNS, row_of(tile.row_tile, a) + group * c.share_rows,
+                    base + a.stages * STAGE_BYTES + group * STAGED_BYTES, group, warp % 4, lane);
 #elif SPLIT == 1
       ColumnOperands<TILES_N> columns;
       const int column = tile.column * COLUMNS + lane % 4 * 2;
@@ -708,7 +714,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) w4_linear(
     // The ring is drained: its memory holds each thread's totals for the other blocks of the cluster.
     constexpr int OWN = TILES_N / SPLIT;  // times eight columns that this block finishes
     const Tile tile = tile_of(first_item, num_row_tiles, num_column_tiles, rank);
-    const int first_row = tile_row(tile.row_tile, ROWS, a.pair) + row;
+    const int first_row = row_of(tile.row_tile, a) + row;
     const int column = tile.column * COLUMNS + rank * OWN * 8 + lane % 4 * 2;
     ColumnOperands<OWN> columns;
     asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");
