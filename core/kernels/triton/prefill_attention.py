@@ -109,7 +109,11 @@ def attend_span(
     return best, mass, total
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_sequences", "block_table_stride", "window"])
+# What lies behind the decodes of a batch begins anywhere: compiled for each alignment, steps would wait for seconds.
+@triton.jit(
+    do_not_specialize=["num_rows", "num_sequences", "block_table_stride", "window"],
+    do_not_specialize_on_alignment=["block_table", "row_end", "row_shift", "kv_length"],
+)
 def prefill_attention_kernel(
     q,
     keys,

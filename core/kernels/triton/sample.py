@@ -136,7 +136,7 @@ def load_extremes(largest, smallest, places, index, num_chunks, BINS: tl.constex
     return best, choice, tl.minimum(tl.maximum(density, 1e-38), 1e38)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_chunks"])
 def histogram_kernel(
     logits,
     temperature,
@@ -323,7 +323,7 @@ def store_id(ids, tokens, index, slot, token):
     tl.store(tokens + slot, token.to(tl.int64), mask=slot >= 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_chunks"])
 def draw_kernel(
     logits,
     temperature,
