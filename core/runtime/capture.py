@@ -63,6 +63,10 @@ class Captures:
         """How many steps are captured."""
         return len(self._captured)
 
+    def __contains__(self, key: Hashable) -> bool:
+        """Whether the step of a key is captured."""
+        return key in self._captured
+
     def run(self, key: Hashable, step: Callable[[], DrawnRows]) -> DrawnRows:
         """Run a step that does the same for the same key."""
         if self._memory is not None and key in self._met and key not in self._captured:

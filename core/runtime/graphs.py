@@ -9,6 +9,7 @@ sample   one token for each row, kept in its slot's state: the next step's input
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy
@@ -20,6 +21,8 @@ from plexor.model.decoder import Model
 from plexor.runtime.capture import Captures, DrawnRows
 from plexor.runtime.sampler import Sampler, Settings
 from plexor.runtime.state import PADDING, Array, SlotState, send
+
+PASSING_STEPS = 8
 
 
 def decode_buckets(max_sequences: int) -> tuple[int, ...]:
@@ -53,6 +56,7 @@ class DecodeSteps:
         self._sent, (self._slots, *settings) = send(self.arrays(()), state.device)
         self._settings = Settings(*settings)
         self._captures = captures
+        self._met: Counter[int] = Counter()
 
     def arrays(self, slots: Sequence[int]) -> list[Array]:
         """What the device needs to know of rows for these slots, to be sent and then given to `take_rows`."""
@@ -66,11 +70,23 @@ class DecodeSteps:
 
     def run(self, num_rows: int) -> DrawnRows:
         """One step of the rows taken last; the results' rows past num_rows are padding."""
-        bucket = next((size for size in self._buckets if size >= num_rows), num_rows)
+        bucket = self._bucket(num_rows)
         return self._captures.run(bucket, lambda: self._step(bucket))
 
     def close(self) -> None:
         self._captures.close()
+
+    def _bucket(self, num_rows: int) -> int:
+        """The next larger one, or for its first few steps one up to twice as large that is captured already: numbers of
+        rows that only come by, as requests end, are not worth a capture.
+        """
+        fitting = [size for size in self._buckets if size >= num_rows]
+        if not fitting:
+            return num_rows
+        self._met[fitting[0]] += 1
+        if self._met[fitting[0]] > PASSING_STEPS:
+            return fitting[0]
+        return next((size for size in fitting if size in self._captures and size <= 2 * num_rows), fitting[0])
 
     def _step(self, bucket: int) -> DrawnRows:
         state, slots = self._state, self._slots[:bucket]

@@ -7,6 +7,7 @@ import pytest
 
 from plexor import Engine, EngineConfig, SamplingParams
 from plexor.runtime import ranks, runner
+from plexor.runtime.capture import Captures
 from plexor.runtime.graphs import decode_buckets
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_end=True)
@@ -92,3 +93,26 @@ def test_prefix_hits_change_no_token(tiny: Path, alone: Engine, padded: None) ->
     with engine(tiny, steps_ahead=1) as sharing:
         assert [sharing.generate([prompt], DRAWN)[0].token_ids for _ in range(2)] == [wanted, wanted]
         assert sharing.generate([prompt], DRAWN)[0].num_cached_tokens >= 48
+
+
+class Graphs(Captures):
+    """Captures that only say which steps they have."""
+
+    def __init__(self, *keys: int) -> None:
+        super().__init__("decode steps", None, reports=False)
+        self.keys = keys
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.keys
+
+
+def test_a_number_of_rows_that_comes_by_takes_a_larger_graph(tiny: Path, padded: None) -> None:
+    """At most twice as large, and at most eight times."""
+    with engine(tiny, max_sequences=100) as model:
+        steps = model.core._ranks.rank.runner._decodes
+        steps._captures = Graphs(4, 24, 100)
+        assert [steps._bucket(rows) for rows in (1, 2, 3, 7, 12, 13, 49, 50)] == [1, 4, 4, 8, 24, 24, 56, 100]
+        assert [steps._bucket(2) for _ in range(9)] == [4] * 7 + [2] * 2
+        assert steps._bucket(51) == 100
+        steps._captures = Graphs(4, 24, 56, 100)
+        assert [steps._bucket(rows) for rows in (49, 24, 23)] == [56, 24, 24]
