@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from plexor.api import KernelTable
+from plexor.api import Facts, KernelTable
 from plexor.testing.kernels import cases, check_kernel, reason_to_skip
 from plexor_quant import plugin
 
@@ -34,6 +34,24 @@ def test_provider_agrees_with_reference(op: str, provider: str, dtype: torch.dty
 @pytest.mark.parametrize("op", PORTABLE)
 def test_product_of_torch_agrees_on_a_cpu(op: str) -> None:
     check_kernel(PORTABLE[op], op, "torch", CPU, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("op", "sizes", "capability", "says"),
+    [
+        ("fp8_linear", (7, 256), (9, 0), "needs out_features in multiples of 16, not 7"),
+        ("fp8_static_linear", (64, 250), (9, 0), "needs in_features in multiples of 16, not 250"),
+        ("fp8_linear", (64, 256), (8, 0), "needs compute capability 8.9, this device has 8.0"),
+        ("fp8_block_linear", (64, 256), (7, 5), "needs compute capability 8.9, this device has 7.5"),
+    ],
+)
+def test_what_a_kernel_is_not_made_for_falls_to_another_with_the_reason(
+    op: str, sizes: tuple[int, int], capability: tuple[int, int], says: str
+) -> None:
+    shape = {"out_features": sizes[0], "in_features": sizes[1]}
+    choice = TABLE.explain(op, Facts("cuda", "bfloat16", capability, None, shape))
+    assert choice.winner == "reference"
+    assert next(verdict.reason for verdict in choice.verdicts if verdict.provider == "torch") == says
 
 
 @pytest.mark.gpu

@@ -616,7 +616,23 @@ def with_tensor(last: str, tensor: Tensor) -> Callable[[Tensors], None]:
         ("w4a16", with_tensor("weight_shape", torch.tensor([384, 7])), "does not hold"),
         ("w4a16 ordered", with_tensor("weight_g_idx", torch.full((256,), 9)), "names groups beyond the 4"),
         ("gptq ordered", with_tensor("g_idx", torch.full((256,), -1)), "names groups beyond the 8"),
+        (
+            "gptq ordered",
+            with_tensor("g_idx", torch.zeros(256, dtype=torch.int32)),
+            "other than 32 input features each",
+        ),
+        ("w4a16 ordered", with_tensor("weight_g_idx", torch.zeros(256)), "is float32"),
         ("awq", with_tensor("qweight", torch.zeros(256, 48)), "is float32"),
+        ("awq", without("qzeros"), "qzeros' is missing"),
+        (
+            "w4a16 asymmetric",
+            with_tensor("weight_zero_point", torch.zeros(48, 3, dtype=torch.int32)),
+            r"int32 \[48, 4\]",
+        ),
+        ("modelopt w4a8", without("weight_scale"), "weight_scale' is missing"),
+        ("modelopt w4a8", with_nan("pre_quant_scale"), "factors of inputs that are NaN"),
+        ("modelopt w4a8", with_tensor("pre_quant_scale", torch.ones(255)), r"float32 \[255\]"),
+        ("modelopt w4a8", with_tensor("weight_scale", torch.ones(384, 3)), r"\[384, 3\] where .* \[384, 2\]"),
     ],
 )
 def test_what_cannot_be_true_is_refused(
@@ -627,6 +643,62 @@ def test_what_cannot_be_true_is_refused(
     damage(tensors)
     save_file(tensors, stored / "model.safetensors")
     with pytest.raises(CheckpointError, match=says):
+        load_model(stored)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "says"),
+    [
+        ("static fp8", without("input_scale"), "up_proj.input_scale' is missing, the scale of a layer's inputs"),
+        ("fp8 static", with_tensor("input_scale", torch.tensor(float("nan"))), "gives nan for the scale"),
+        ("w8a8 static", with_tensor("input_scale", torch.zeros(1)), "gives 0.0 for the scale"),
+        ("modelopt w4a8", with_tensor("input_scale", torch.ones(384)), r"is float32 \[384\] where one number is due"),
+        ("fp8 channel", with_nan("weight"), "holds NaN"),
+        ("fp8 block", with_nan("weight"), "holds NaN"),
+    ],
+)
+def test_what_cannot_be_kept_is_refused(
+    name: str, damage: Callable[[Tensors], None], says: str, plain: Path, tmp_path: Path
+) -> None:
+    stored, _ = write_layout(LAYOUTS[name], plain, tmp_path)
+    tensors = load_file(stored / "model.safetensors")
+    damage(tensors)
+    save_file(tensors, stored / "model.safetensors")
+    with pytest.raises(CheckpointError, match=says):
+        load_model(stored, precision=LAYOUTS[name].precision)
+
+
+def test_parts_in_orders_of_their_own_are_refused(plain: Path, tmp_path: Path) -> None:
+    stored, _ = write_layout(LAYOUTS["gptq ordered"], plain, tmp_path)
+    tensors = load_file(stored / "model.safetensors")
+    order = tensors[NAME + "g_idx"]
+    tensors[NAME + "g_idx"] = order.roll(1)
+    save_file(tensors, stored / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"another 'order' than .* use --precision dense"):
+        load_model(stored, precision="int4_wo_g32")
+    assert load_model(stored)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ("int4_w", "did you mean 'int4_wo'"),
+        ("fp8_static", "'fp8_static' rounds a layer's inputs with a scale that its checkpoint brings"),
+    ],
+)
+def test_a_precision_that_cannot_be_had_is_refused_in_a_line(given: str, says: str, plain: Path) -> None:
+    command = [sys.executable, "-m", "plexor", "explain", str(plain), "--device", "cpu", "--precision", given]
+    run = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert run.returncode != 0
+    assert says in run.stderr
+    assert len(run.stderr.strip().splitlines()) == 1
+
+
+def test_a_damaged_pattern_of_layers_is_refused(plain: Path, tmp_path: Path) -> None:
+    quantization = ct(weights("int", 4, "group", group_size=128), "pack-quantized")
+    quantization["config_groups"]["group_0"]["targets"] = ["re:(.*"]
+    stored, _ = write_layout(Layout(quantization, packed4(128, True), "int4_wo"), plain, tmp_path)
+    with pytest.raises(CheckpointError, match=r"'\(\.\*', which is no regular expression"):
         load_model(stored)
 
 
