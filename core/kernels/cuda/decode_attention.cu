@@ -5,8 +5,8 @@
 //   blocks             |0      |1      |2      |3      |     of a cluster take equal shares of them
 //   warps              |0 1 2 3|0 1 2 3|0 1 0 1 ...          of a block take turns within a row
 //
-// A row that one block has whole (1) is written by it. Of one that is cut (0, 2), each block keeps its part, in slot 1
-// where the row begins in its share, otherwise in slot 0; then all blocks add up the parts, each some of the features.
+// A row that one block has whole (1) is written by it. Of one that is cut (0, 2), each block sends its part to all, to
+// each the features that this one adds up: into its slot 1 where the row begins in its share, otherwise into slot 0.
 //
 // Before the previous kernel has ended, each warp has asked for its first tile but for the newest position, which that
 // kernel writes. From then on a tile's keys are asked for as soon as the products with those of the tile before are
@@ -64,11 +64,6 @@ struct Decodes {
   float scale_log2;
 };
 
-struct Mark {
-  float best;
-  float mass;
-};
-
 struct Row {
   int length;
   int row;     // of q
@@ -85,32 +80,47 @@ struct Tile {
   float value_scales[SCALES];
 };
 
-// Past the first cache, which may hold what a line was before the previous kernel wrote into it; what is not there
-// stays as it is.
+// What is not there stays as it is. FRESH: of what the previous kernel wrote, past the first cache; all else without a
+// place there, but not past it: the second cache answers loads of that kind slower.
+template <bool FRESH>
 __device__ __forceinline__ void load_words(u32* target, const void* source, bool there) {
-  asm volatile(
-      "{\n"
-      ".reg .pred there;\n"
-      "setp.ne.b32 there, %5, 0;\n"
-      "@there ld.global.cg" FETCH ".v4.u32 {%0, %1, %2, %3}, [%4];\n"
-      "}"
-      : "+r"(target[0]), "+r"(target[1]), "+r"(target[2]), "+r"(target[3])
-      : "l"(source), "r"((int)there)
-      : "memory");
+#define LOAD(kind)                                                     \
+  asm volatile(                                                        \
+      "{\n"                                                            \
+      ".reg .pred there;\n"                                            \
+      "setp.ne.b32 there, %5, 0;\n"                                    \
+      "@there ld.global" kind ".v4.u32 {%0, %1, %2, %3}, [%4];\n"      \
+      "}"                                                              \
+      : "+r"(target[0]), "+r"(target[1]), "+r"(target[2]), "+r"(target[3]) \
+      : "l"(source), "r"((int)there)                                   \
+      : "memory")
+  if (FRESH)
+    LOAD(".cg");
+  else
+    LOAD(".L1::no_allocate" FETCH);
+#undef LOAD
 }
 
+template <bool FRESH>
 __device__ __forceinline__ void load_two_words(u32* target, const void* source, bool there) {
-  asm volatile(
-      "{\n"
-      ".reg .pred there;\n"
-      "setp.ne.b32 there, %3, 0;\n"
-      "@there ld.global.cg" FETCH ".v2.u32 {%0, %1}, [%2];\n"
-      "}"
-      : "+r"(target[0]), "+r"(target[1])
-      : "l"(source), "r"((int)there)
-      : "memory");
+#define LOAD(kind)                                                \
+  asm volatile(                                                   \
+      "{\n"                                                       \
+      ".reg .pred there;\n"                                       \
+      "setp.ne.b32 there, %3, 0;\n"                               \
+      "@there ld.global" kind ".v2.u32 {%0, %1}, [%2];\n"         \
+      "}"                                                         \
+      : "+r"(target[0]), "+r"(target[1])                          \
+      : "l"(source), "r"((int)there)                              \
+      : "memory")
+  if (FRESH)
+    LOAD(".cg");
+  else
+    LOAD(".L1::no_allocate" FETCH);
+#undef LOAD
 }
 
+// Past the first cache: a line holds scales of several positions.
 __device__ __forceinline__ void load_scale(float& target, const float* source, bool there) {
   asm volatile(
       "{\n"
@@ -195,6 +205,7 @@ struct Reader {
   }
 
   // Positions from `lowest`, below `end`; what lies elsewhere stays as it is.
+  template <bool FRESH>
   __device__ __forceinline__ void load_keys(Tile& tile, const int* blocks_of, int start, int lowest, int end) const {
 #pragma unroll
     for (int s = 0; s < SUB; s++) {
@@ -205,12 +216,13 @@ struct Reader {
         const bool there = position >= lowest && position < end;
 #pragma unroll
         for (int i = 0; i < KEY_LOADS; i++)
-          load_words(tile.keys[s][h] + 4 * i, source + (8 * h + g) * entry_stride + 64 * i, there);
+          load_words<FRESH>(tile.keys[s][h] + 4 * i, source + (8 * h + g) * entry_stride + 64 * i, there);
       }
     }
     if (STORAGE == SCALED) load_scales(tile.key_scales, key_scales, blocks_of, start, lowest, end);
   }
 
+  template <bool FRESH>
   __device__ __forceinline__ void load_values(Tile& tile, const int* blocks_of, int start, int lowest, int end) const {
 #pragma unroll
     for (int s = 0; s < SUB; s++) {
@@ -220,11 +232,11 @@ struct Reader {
         const int offset = j / 2 * 8 + 2 * t + j % 2, position = start + 16 * s + offset;
         const bool there = position >= lowest && position < end;
         if (VALUE_WORDS == 2)
-          load_two_words(tile.values[s][j], source + offset * entry_stride, there);
+          load_two_words<FRESH>(tile.values[s][j], source + offset * entry_stride, there);
         else
 #pragma unroll
           for (int i = 0; i < VALUE_WORDS / 4; i++)
-            load_words(tile.values[s][j] + 4 * i, source + offset * entry_stride + 128 * i, there);
+            load_words<FRESH>(tile.values[s][j] + 4 * i, source + offset * entry_stride + 128 * i, there);
       }
     }
     if (STORAGE == SCALED) load_scales(tile.value_scales, value_scales, blocks_of, start, lowest, end);
@@ -260,7 +272,7 @@ __device__ __forceinline__ float load_queries(u32* queries, const u16* source, b
 #pragma unroll
   for (int i = 0; i < QUERY_WORDS / 4; i++) {
     const int chunk = BYTES == 2 ? t + 4 * i : 2 * (t + i / 2 * 4) + i % 2;
-    load_words(queries + 4 * i, source + 8 * chunk, there);
+    load_words<true>(queries + 4 * i, source + 8 * chunk, there);
   }
   if (HALF || STORAGE == SAME) return scale;
   // float16 is exact for the stored entries, but its range may be too small for queries: bring them below one.
@@ -390,23 +402,46 @@ __device__ __forceinline__ float4 added(float4 sum, float4 v, float f) {
   return make_float4(fmaf(v.x, f, sum.x), fmaf(v.y, f, sum.y), fmaf(v.z, f, sum.z), fmaf(v.w, f, sum.w));
 }
 
-__device__ __forceinline__ u32 address_in(int rank, const void* place) {
+__device__ __forceinline__ u32 address_in(int rank, u32 place) {
   u32 address;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(place)), "r"(rank));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(place), "r"(rank));
   return address;
 }
 
-__device__ __forceinline__ void meet_cluster() {
-  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
-  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+struct Mark {
+  float best;
+  float mass;
+};
+
+// Four numbers of a part and their mark, on their way into another block, whose barrier counts their bytes.
+__device__ __forceinline__ void send(u32 target, u32 mark_target, u32 barrier, float4 sum, Mark mark) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];"
+      ::"r"(target), "f"(sum.x), "f"(sum.y), "f"(sum.z), "f"(sum.w), "r"(barrier)
+      : "memory");
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];"
+      ::"r"(mark_target), "f"(mark.best), "f"(mark.mass), "r"(barrier)
+      : "memory");
 }
+
+constexpr int UNITS = NUMBERS / 4 / CLUSTER;  // of four numbers of a row, that each block adds up
+constexpr int UNIT_BYTES = sizeof(float4) + sizeof(Mark);
+static_assert(UNITS * 4 * CLUSTER == NUMBERS, "each block adds up as many numbers");
 
 struct Shared {
   float parts[WARPS][NUMBERS];
+  float4 sums[2 * CLUSTER][UNITS];  // of the parts of rows that are cut: blocks' slots 0 and 1
+  Mark sum_marks[2 * CLUSTER][UNITS];
   Mark marks[WARPS][GROUP];
-  float slots[2][NUMBERS];
-  Mark slot_marks[2][GROUP];
+  u64 arrived;
 };
+
+// For the previous kernel, and for the barriers of the other blocks if a row is cut between them.
+__device__ __forceinline__ void wait_for_others(bool cut) {
+  if (cut) asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+  wait_for_previous_kernel();
+}
 
 extern "C" __global__ void __maxnreg__(REGISTERS) decode_attention(const __grid_constant__ Decodes a) {
   extern __shared__ __align__(16) char memory[];
@@ -431,7 +466,18 @@ extern "C" __global__ void __maxnreg__(REGISTERS) decode_attention(const __grid_
   const int share = max((num_tiles + CLUSTER - 1) / CLUSTER, LEAST);
   const int last = min((rank + 1) * share, num_tiles);
   const int own_first = (own_end - own_tiles) / share, own_last = (own_end - 1) / share;
-  const bool cut = __any_sync(~0u, own_tiles > 0 && own_first != own_last);
+  const bool own_cut = own_tiles > 0 && own_first != own_last;
+  const bool cut = CLUSTER > 1 && __any_sync(~0u, own_cut);
+  const u32 arrived = shared_address(&shared.arrived);
+  if (cut) {
+    const int num_parts = __reduce_add_sync(~0u, own_cut ? own_last - own_first + 1 : 0);
+    if (threadIdx.x == 0) {
+      barrier_init(arrived, 1);
+      asm volatile("fence.mbarrier_init.release.cluster;");
+      barrier_expect(arrived, num_parts * UNITS * UNIT_BYTES);
+    }
+    asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+  }
 
   Reader reader;
   reader.keys = a.keys + (long long)kv_head * ENTRY + t * 16;
@@ -444,7 +490,7 @@ extern "C" __global__ void __maxnreg__(REGISTERS) decode_attention(const __grid_
 
   int tile_index = min(rank * share, num_tiles);
   bool early = true;
-  if (tile_index == last) wait_for_previous_kernel();
+  if (tile_index == last) wait_for_others(cut);
   while (tile_index < last) {
     const int owner = __ffs(__ballot_sync(~0u, own_end > tile_index)) - 1;
     Row row;
@@ -467,18 +513,18 @@ extern "C" __global__ void __maxnreg__(REGISTERS) decode_attention(const __grid_
       const int known = early ? row.length - 1 : row.length;
       reader.find(blocks, start, row.length);
       reader.clear_values(tile);
-      reader.load_keys(tile, blocks, start, row.lowest, known);
-      reader.load_values(tile, blocks, start, row.lowest, known);
+      reader.load_keys<false>(tile, blocks, start, row.lowest, known);
+      reader.load_values<false>(tile, blocks, start, row.lowest, known);
       reader.find(next_blocks, start + step, row.length);
     }
-    if (early) wait_for_previous_kernel();
+    if (early) wait_for_others(cut);
     if (busy) {
       u32 queries[QUERY_WORDS];
       const u16* source = a.q + row.row * a.q_row_stride + (kv_head * GROUP + g) * a.q_head_stride;
       const float scale = load_queries(queries, source, g < GROUP, t, a.scale_log2);
       if (early && row.length - 1 >= start && row.length - 1 < start + TILE) {
-        reader.load_keys(tile, blocks, start, row.length - 1, row.length);
-        reader.load_values(tile, blocks, start, row.length - 1, row.length);
+        reader.load_keys<true>(tile, blocks, start, row.length - 1, row.length);
+        reader.load_values<true>(tile, blocks, start, row.length - 1, row.length);
       }
       float best = LOWEST, mass = 0;
       float sums[PARTS][4] = {};
@@ -490,7 +536,7 @@ extern "C" __global__ void __maxnreg__(REGISTERS) decode_attention(const __grid_
         float key_scales[SCALES];
 #pragma unroll
         for (int n = 0; n < SCALES; n++) key_scales[n] = tile.key_scales[n];
-        if (more) reader.load_keys(tile, next_blocks, next, row.lowest, row.length);
+        if (more) reader.load_keys<false>(tile, next_blocks, next, row.lowest, row.length);
         const float fade = weigh(scores, key_scales, tile.value_scales, row, start, t, scale, best, mass);
         if (__any_sync(~0u, fade != 1)) {
           const float even = __shfl_sync(~0u, fade, 8 * t), odd = __shfl_sync(~0u, fade, 8 * t + 4);
@@ -500,7 +546,7 @@ extern "C" __global__ void __maxnreg__(REGISTERS) decode_attention(const __grid_
         add_values(sums, tile, scores);
         if (!more) break;
         if (next + TILE > row.length) reader.clear_values(tile);
-        reader.load_values(tile, next_blocks, next, row.lowest, row.length);
+        reader.load_values<false>(tile, next_blocks, next, row.lowest, row.length);
         start = next;
         reader.find(next_blocks, start + step, row.length);
       }
@@ -520,7 +566,7 @@ extern "C" __global__ void __maxnreg__(REGISTERS) decode_attention(const __grid_
     early = false;
     __syncthreads();
     const bool whole = tile_index == row.start && stop == row.end;
-    const int num_busy = min(WARPS, stop - tile_index), slot = tile_index == row.start;
+    const int num_busy = min(WARPS, stop - tile_index);
     for (int number = 4 * threadIdx.x; number < NUMBERS; number += 4 * THREADS) {
       const int head = number / HEAD_SIZE;
       float best = LOWEST, mass = 0;
@@ -539,48 +585,35 @@ extern "C" __global__ void __maxnreg__(REGISTERS) decode_attention(const __grid_
         u16* target = a.out + row.row * a.out_row_stride + kv_head * NUMBERS + number;
         store_four(target, scaled(sum, mass == 0 ? 0.0f : 1 / mass));
       } else {
-        *(float4*)(shared.slots[slot] + number) = sum;
-        if (number % HEAD_SIZE == 0) shared.slot_marks[slot][head] = {best, mass};
+        const int receiver = number / 4 / UNITS, unit = number / 4 % UNITS, slot = 2 * rank + (tile_index == row.start);
+        send(address_in(receiver, shared_address(&shared.sums[slot][unit])),
+             address_in(receiver, shared_address(&shared.sum_marks[slot][unit])), address_in(receiver, arrived), sum,
+             {best, mass});
       }
     }
     tile_index = stop;
     if (tile_index < last) __syncthreads();
   }
-  if (CLUSTER == 1 || !cut) return;
-  meet_cluster();
-  constexpr int UNITS = NUMBERS / 4 / CLUSTER;  // of four numbers of a row, for each block
+  if (!cut) return;
+  barrier_wait(arrived, 0);
   for (int base = 0; base < num_own * UNITS; base += THREADS) {
-    const int unit = base + threadIdx.x, owner = min(unit / UNITS, 31);
-    const int number = 4 * (rank * UNITS + unit % UNITS), head = number / HEAD_SIZE;
+    const int index = base + threadIdx.x, unit = index % UNITS, owner = min(index / UNITS, 31);
     const int first = __shfl_sync(~0u, own_first, owner), final = __shfl_sync(~0u, own_last, owner);
     if (owner >= num_own || first == final) continue;
-    Mark marks[CLUSTER];
-    float4 parts[CLUSTER];
     float best = LOWEST, mass = 0;
-#pragma unroll
-    for (int b = 0; b < CLUSTER; b++) {
-      marks[b] = {LOWEST, 0};
-      parts[b] = {};
-      if (b < first || b > final) continue;
-      const u32 mark = address_in(b, &shared.slot_marks[b == first][head]);
-      const u32 part = address_in(b, shared.slots[b == first] + number);
-      asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];" : "=f"(marks[b].best), "=f"(marks[b].mass) : "r"(mark));
-      asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-                   : "=f"(parts[b].x), "=f"(parts[b].y), "=f"(parts[b].z), "=f"(parts[b].w)
-                   : "r"(part));
-    }
-#pragma unroll
-    for (int b = 0; b < CLUSTER; b++) best = fmaxf(best, marks[b].best);
     float4 sum = {};
-#pragma unroll
-    for (int b = 0; b < CLUSTER; b++) {
-      const float weight = power_of_two(marks[b].best - best);
-      mass = fmaf(marks[b].mass, weight, mass);
-      sum = added(sum, parts[b], weight);
+    for (int block = first; block <= final; block++)
+      best = fmaxf(best, shared.sum_marks[2 * block + (block == first)][unit].best);
+#pragma unroll 4
+    for (int block = first; block <= final; block++) {
+      const int slot = 2 * block + (block == first);
+      const Mark mark = shared.sum_marks[slot][unit];
+      const float weight = power_of_two(mark.best - best);
+      mass = fmaf(mark.mass, weight, mass);
+      sum = added(sum, shared.sums[slot][unit], weight);
     }
-    const int target_row = shift + owner * a.num_shifts;
+    const int target_row = shift + owner * a.num_shifts, number = 4 * (rank * UNITS + unit);
     u16* target = a.out + target_row * a.out_row_stride + kv_head * NUMBERS + number;
     store_four(target, scaled(sum, mass == 0 ? 0.0f : 1 / mass));
   }
-  meet_cluster();  // no block's memory goes before the others have read it
 }

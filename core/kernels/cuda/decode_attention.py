@@ -16,12 +16,10 @@ from cuda.bindings import driver
 from torch import Tensor
 
 from plexor.batch import LayerCache
+from plexor.kernels.cuda.attention_choice import HEAD_SIZES, MOST_GROUP
 from plexor.kernels.cuda.call import num_multiprocessors
 from plexor.kernels.cuda.program import LINEAR_HEADER, Program, checked, load_program
 from plexor.kernels.triton.attention import LOG2_E
-
-MOST_GROUP = 8
-"""Query heads that share a KV head: those of a fragment."""
 
 MOST_ROWS = 32
 """Of a cluster: each lane of a warp knows one."""
@@ -156,7 +154,8 @@ def compiled(device: int, cut: Cut, sizes: tuple[int, int, int], storage: int, h
         "REGISTERS": cut.registers,
         "FETCH": f'".L2::{cut.fetch}B"' if cut.fetch else '""',
     }
-    shared_bytes = (cut.warps + 2) * group * (4 * head_size + 8)
+    numbers = group * head_size
+    shared_bytes = 4 * cut.warps * numbers + 2 * numbers // 4 * 24 + 8 * cut.warps * group + 16
     sources = (LINEAR_HEADER, Path(__file__).with_name("decode_attention.cu"))
     program = load_program(sources, defines, 32 * cut.warps, shared_bytes, cut.cluster)
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
@@ -170,9 +169,10 @@ def serves(q: Tensor, cache: LayerCache) -> bool:
     block_size, num_kv_heads, head_size = keys.shape[1:]
     scaled = "key_scales" in cache
     return (
-        q.dtype in (torch.bfloat16, torch.float16)
+        q.device.type == "cuda"
+        and q.dtype in (torch.bfloat16, torch.float16)
         and (keys.dtype == torch.int8 if scaled else keys.dtype in (q.dtype, torch.float8_e4m3fn))
-        and head_size in (64, 128)
+        and head_size in HEAD_SIZES
         and q.shape[1] // num_kv_heads <= MOST_GROUP
         and block_size % 16 == 0
         and keys.stride() == values.stride()
