@@ -155,7 +155,8 @@ class StoredWeights:
     recognises: `(quantization: Mapping[str, Any]) -> bool`, given `quantization_config` of `config.json`; exactly one
     layout must answer yes.
     open: `(TensorSource, quantization) -> TensorSource`: the checkpoint with a dense `weight` [out, in] in place of
-    each rounded one. It may be a GridSource (plexor.checkpoint.view), which also tells the grid of each.
+    each rounded one. It may be a GridSource (plexor.checkpoint.view), which also tells the grid of each, and a
+        FormatSource, which names the formats that keep each as it is.
     precision: `(quantization) -> str`: the precision that keeps the weights as they are, "dense" where none does.
     """
 
