@@ -57,7 +57,9 @@ class EngineConfig:
     memory that weights, cache and activations may take together. max_length: context, None for the model's own.
     max_sequences: requests that run at once. max_step_tokens: token budget of a step, None for 8192 on a GPU and 2048
     on a CPU; chunk: longest prefill piece. weights: "random" draws them on the device instead of reading a checkpoint,
-    for benchmarks. decode_graphs: replay decode steps as captured CUDA graphs; without them each kernel is launched.
+    for benchmarks. decode_graphs: replay decode steps, and short ones with prompts, as captured CUDA graphs; without
+    them each kernel is launched. warm_up: compile, plan and capture what a GPU will run before the first request, which
+    takes seconds, instead of with the first that needs it.
     steps_ahead: 1 launches a step before the last one has been read, 0 does not; None is 1 on a GPU and 0 on a CPU.
     seed: from which the seeds of requests without one are drawn. kernels: op to provider, over the table's choice.
     """
@@ -78,6 +80,7 @@ class EngineConfig:
     prefix_caching: bool = True
     steps_ahead: int | None = None
     decode_graphs: bool = True
+    warm_up: bool = False
     weights: str = "checkpoint"
     seed: int | None = None
     kernels: Mapping[str, str] = field(default_factory=dict)

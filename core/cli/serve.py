@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from plexor.cli.options import add_model_options, engine_config
@@ -37,6 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-images", type=_not_negative, default=16, metavar="N", help="pictures in one request (default: 16)"
     )
     group.add_argument(
+        "--no-warm-up", action="store_true", help="compile and capture with the first requests, not before them"
+    )
+    group.add_argument(
         "--enable-routes", action="append", default=[], metavar="PLUGIN", help="let a plugin add its HTTP routes"
     )
 
@@ -59,7 +63,8 @@ def run(arguments: argparse.Namespace, catalog: Catalog) -> int:
         enable_routes=tuple(arguments.enable_routes),
     )
     address = Address(host=arguments.host, port=arguments.port, shutdown_seconds=arguments.shutdown_timeout)
-    return run_server(engine_config(arguments), catalog, settings, address, _Bar())
+    config = replace(engine_config(arguments), warm_up=not arguments.no_warm_up)
+    return run_server(config, catalog, settings, address, _Bar())
 
 
 class _Bar:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 
 import numpy
 from numpy.typing import NDArray
@@ -71,7 +72,13 @@ class DecodeSteps:
     def run(self, num_rows: int) -> DrawnRows:
         """One step of the rows taken last; the results' rows past num_rows are padding."""
         bucket = self._bucket(num_rows)
-        return self._captures.run(bucket, lambda: self._step(bucket))
+        return self._captures.run(bucket, partial(self._step, bucket))
+
+    def warm_up(self) -> None:
+        """Compile and capture every bucket; before the first rows are taken, when all that it would run is padding."""
+        for bucket in self._buckets:
+            for _ in range(2):
+                self._captures.run(bucket, partial(self._step, bucket))
 
     def close(self) -> None:
         self._captures.close()

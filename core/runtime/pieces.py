@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from plexor.batch import Batch, ForwardContext, LayerCache, LogitRows, MediaRows, Pages, Prefill
 from plexor.model.decoder import Model
 from plexor.runtime.capture import Captures, DrawnRows
-from plexor.runtime.packer import StepInput
+from plexor.runtime.packer import KnownPiece, StepInput
 from plexor.runtime.sampler import Sampler, Settings
 from plexor.runtime.state import PADDING, Array, SlotState, send, views
 
@@ -29,6 +30,9 @@ ROWS = (16, 32, 64, 128, 192, 256, 384, 512, 640, 768, 896, 1024)
 """To which the rows of a step are padded. More of them keep a GPU busy for longer than their kernels take to launch."""
 
 SEQUENCES = (1, 4, 16, 64, 256)
+
+WARM_SEQUENCES = 16
+"""Of the steps with decodes that are captured beforehand."""
 
 LONGEST_DECODE = 8192
 """Entries of a decode that is attended like a piece: one program goes through all of them."""
@@ -107,8 +111,29 @@ class PieceSteps:
         state.write_blocks(*received[-2:])
         if size is None or self._captures is None:
             return self._whole_step(step, _Inputs(*received[:-2]), media)
-        inputs = self._take(sent, arrays, size)
-        return self._captures.run(size, lambda: self._padded_step(inputs, size))
+        return self._captures.run(size, partial(self._padded_step, self._take(sent, arrays, size), size))
+
+    def warm_up(self, num_rows: int) -> None:
+        """Compile, plan and capture what steps of up to so many rows run; before the first sequence: the entries of the
+        first block are overwritten.
+        """
+        if self._captures is not None:
+            some = next((count for count in self._sequences if count >= WARM_SEQUENCES), self._sequences[-1])
+            for rows in ROWS:
+                for size in (Size(rows, self._sequences[0], False), Size(rows, min(some, rows), True)):
+                    self._warm_up(size, self._captures)
+        longest = min(num_rows, self._state.block_table.shape[1] * self._state.block_size)
+        for count in sorted({min(count, self._state.num_slots) for count in (1, 8, 64)}):
+            length = min(num_rows // count, longest)
+            if length > 0:
+                self.run(_of_nobody([length] * count), ())
+
+    def _warm_up(self, size: Size, captures: Captures) -> None:
+        arrays = self._arrays(_of_nobody([1]), size)
+        sent, _ = send(arrays, self._state.device)
+        step = partial(self._padded_step, self._take(sent, arrays, size), size)
+        for _ in range(2):
+            captures.run(size, step)
 
     def close(self) -> None:
         if self._captures is not None:
@@ -205,6 +230,12 @@ class PieceSteps:
 def _exact(step: StepInput) -> Size:
     rows = len(step.decodes) + sum(len(piece.token_ids) for piece in step.pieces)
     return Size(rows, len(step.decodes) + len(step.pieces), bool(step.decodes))
+
+
+def _of_nobody(lengths: Sequence[int]) -> StepInput:
+    """A step with pieces of so many rows of no sequence, which draws nothing."""
+    pieces = [KnownPiece(0, 0, [0] * length, PADDING) for length in lengths]
+    return StepInput(step=-1, decodes=[], pieces=pieces, blocks=[], new=[], media=[])
 
 
 def _at_least(number: int, sizes: Sequence[int]) -> int | None:

@@ -91,6 +91,8 @@ def make_rank(
         block_size=config.block_size,
         buckets=decode_buckets(config.max_sequences) if replays_decodes(config, placement.device) else (),
     )
+    if config.warm_up and placement.device.type == "cuda":
+        runner.warm_up(config.step_tokens(placement.device.type))
     return Rank(runner, built, report, num_blocks, max_length)
 
 

@@ -115,6 +115,12 @@ class Runner:
         for hidden in self._hidden(token_ids).split(num_rows):
             yield self._model.logits(hidden)
 
+    @torch.inference_mode()
+    def warm_up(self, num_rows: int) -> None:
+        """Compile, plan and capture what steps of up to so many rows run; before the first step."""
+        self._decodes.warm_up()
+        self._pieces.warm_up(num_rows)
+
     def close(self) -> None:
         """No step is launched from now on."""
         self._decodes.close()

@@ -109,3 +109,17 @@ def crowd(model: Engine, asked: list[list[int]]) -> list[list[int]]:
     while model.core.has_work:
         model.step()
     return [one.completion.token_ids for one in running]
+
+
+def test_warming_up_meets_every_number_of_rows_and_changes_no_token(tiny: Path, padded: None) -> None:
+    """Twice, so that a GPU captures it."""
+    asked = prompts(4, longest=60)
+    with engine(tiny) as cold:
+        expected = crowd(cold, asked)
+    with engine(tiny) as warm:
+        runner = warm.core._ranks.rank.runner
+        runner.warm_up(2048)
+        sizes = runner._pieces._inputs
+        assert {size.rows for size in sizes} == set(pieces.ROWS)
+        assert {(size.sequences, size.decodes) for size in sizes} == {(1, False), (13, True), (13, False)}
+        assert crowd(warm, asked) == expected
