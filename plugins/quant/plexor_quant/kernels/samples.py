@@ -17,8 +17,11 @@ from plexor_quant.fp8_block import Fp8BlockFormat
 from plexor_quant.int4_wo import Int4WeightFormat
 from plexor_quant.int8_sq import Int8Format, Int8StaticFormat
 from plexor_quant.int8_wo import Int8WeightFormat
-from plexor_quant.rounding import E4M3_MAX, to_e4m3
+from plexor_quant.rounding import E4M3_MAX, INT8_MAX, to_e4m3
 from plexor_quant.w4a_fp8 import W4AFp8Format, W4AFp8StaticFormat
+
+FEW_ROWS = 16
+"""So many activations a provider may leave as they are where its op rounds them."""
 
 GROUP_SIZE = 128
 # Also groups within a row's short last 128, and one of more features than any row has.
@@ -34,6 +37,7 @@ SIZES = (
     (1, 1, 1),
     (2, 129, 33),
     (16, 64, 64),
+    (9, 512, 128),
     (17, 144, 80),
     (40, 1280, 96),
     (5, 66, 517),
@@ -51,16 +55,17 @@ STACKS = (
 
 
 def fp8_linear(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
-    return _dense(Fp8Format(), {}, device, dtype)
+    return _dense(Fp8Format(), {}, device, dtype, E4M3_MAX)
 
 
 def int8_linear(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
-    return _dense(Int8Format(), {}, device, dtype)
+    return _dense(Int8Format(), {}, device, dtype, INT8_MAX)
 
 
 def w4a_fp8_linear(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
     for zero_points in (False, True):
-        yield from _dense(W4AFp8Format(GROUP_SIZE, zero_points), {"group_size": GROUP_SIZE}, device, dtype)
+        number_format = W4AFp8Format(GROUP_SIZE, zero_points)
+        yield from _dense(number_format, {"group_size": GROUP_SIZE}, device, dtype, E4M3_MAX)
 
 
 def int8_wo_linear(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
@@ -137,14 +142,21 @@ def fp8_block_grouped_linear(device: torch.device, dtype: torch.dtype) -> Iterab
 
 
 def _dense(
-    number_format: LinearFormat, sizes: Mapping[str, int | float], device: torch.device, dtype: torch.dtype
+    number_format: LinearFormat,
+    sizes: Mapping[str, int | float],
+    device: torch.device,
+    dtype: torch.dtype,
+    grid: float | None = None,
 ) -> Iterable[Sample]:
+    """grid: the largest of the numbers that a provider may leave few rows unrounded to, and that those then are of."""
     generator = torch.Generator().manual_seed(21)
     for num_tokens, in_features, out_features in SIZES:
         stored = number_format.convert(_weight(generator, out_features, in_features).to(device))
         shape = (("out_features", out_features), ("in_features", in_features), *_facts(sizes, stored))
         for name, x in _activations(generator, num_tokens, in_features, device, dtype):
             name = f"{num_tokens} x {in_features} by {out_features}, {name}"
+            if grid is not None and num_tokens <= FEW_ROWS:
+                x = _on_grid(x, in_features, grid)
             yield Sample(name, (x, stored["weight"], stored["scale"], *sizes.values(), *_zero(stored)), shape=shape)
 
 
@@ -168,16 +180,17 @@ def _facts(sizes: Mapping[str, int | float], stored: Mapping[str, Tensor]) -> tu
     return (*whole, *(("zero_points", 1) for _ in _zero(stored)))
 
 
-def _on_grid(x: Tensor, group_size: int) -> Tensor:
-    """About x [T, in], each group of e4m3's numbers times a power of two, its first the largest of them.
+def _on_grid(x: Tensor, group_size: int, largest: float = E4M3_MAX) -> Tensor:
+    """About x [T, in], each group of e4m3's numbers or of integers times a power of two, up to the largest.
 
     Rounding leaves it as it is, so that providers which do not round agree with those that do.
     """
     size = x.shape[1]
     grouped = functional.pad(x.float(), (0, -size % group_size)).unflatten(1, (-1, group_size))
-    scale = torch.exp2((grouped.abs().amax(dim=-1, keepdim=True) / E4M3_MAX).log2().ceil())
-    codes = to_e4m3(grouped / scale).float()
-    codes[..., :1] = E4M3_MAX
+    scale = torch.exp2((grouped.abs().amax(dim=-1, keepdim=True) / largest).log2().floor())
+    codes = (grouped / scale).clamp(-largest, largest)
+    codes = to_e4m3(codes).float() if largest == E4M3_MAX else codes.round()
+    codes.scatter_(-1, grouped.abs().argmax(dim=-1, keepdim=True), largest)
     return torch.where(scale > 0, codes * scale, 0).flatten(1)[:, :size].to(x.dtype)
 
 
