@@ -225,8 +225,9 @@ def test_rows_that_alternate_in_a_fused_tensor_stay_where_they_are(tmp_path: Pat
     assert json.loads((out / "config.json").read_text())["quantization_config"]["ignore"] == ["embed_out", "lm_head"]
     prompts = random_prompts(307)
     theirs = expected_logits(out, prompts)
-    ours = run(load_model(out, CATALOG, precision="dense"), prompts, (50,))
-    torch.testing.assert_close(torch.cat(ours), torch.cat(theirs), rtol=0, atol=1e-4)
+    for precision in ("dense", "int8_wo"):
+        ours = run(load_model(out, CATALOG, precision=precision), prompts, (50,))
+        torch.testing.assert_close(torch.cat(ours), torch.cat(theirs), rtol=0, atol=1e-4)
 
 
 def test_experts_in_one_tensor_are_written_one_by_one(checkpoints: dict[str, Path], tmp_path: Path) -> None:
@@ -285,9 +286,14 @@ def test_layers_that_are_to_stay_dense_are_not_touched(
     for name in kept:
         assert torch.equal(before[f"{name}.weight"], after[f"{name}.weight"])
     assert "model.layers.1.mlp.down_proj.weight_packed" in after
+    built = load_model(out, CATALOG, precision="int8_wo")
+    rounded = {
+        name for name, module in built.module.named_modules() if "scale" in dict(module.named_buffers(recurse=False))
+    }
+    assert {name.rpartition(".")[2] for name in rounded} == {"qkv", "out", "down"}
     prompts = random_prompts(307)
     dense = torch.cat(run(load_model(folder, CATALOG), prompts, (50,)))
-    ours = torch.cat(run(load_model(out, CATALOG, precision="dense"), prompts, (50,)))
+    ours = torch.cat(run(built, prompts, (50,)))
     assert float((ours - dense).std()) < 0.05 * float(dense.std())
 
 
