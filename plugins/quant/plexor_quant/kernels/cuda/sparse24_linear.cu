@@ -79,10 +79,10 @@ __device__ __forceinline__ uint2 load_index(const void* p) {
   return v;
 }
 
-// What an earlier kernel may have written does not go through the read-only path.
+// Past the L1, which waiting for the kernel that wrote x does not clear.
 __device__ __forceinline__ uint4 load_x(const void* p) {
   uint4 v;
-  asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.cg.v4.b32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
   return v;
 }
