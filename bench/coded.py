@@ -362,7 +362,7 @@ def main() -> None:
         time_chain(form, 1, [Cut(blocks, 1, room) for blocks, room in every((1, 2, 4), (HALF, MOST))], descend=True)
         for rows in (8, 16):
             few = [Cut(blocks, 1, room) for blocks, room in ((2, HALF), (2, WHOLE), (1, WHOLE))]
-            time_chain(form, rows, [*few, Cut(2, 1, WHOLE, False), Cut(1, 1, WHOLE, False)], descend=True)
+            time_chain(form, rows, [*few, Cut(2, 1, WHOLE, False), Cut(1, 1, WHOLE, False)], descend=False)
         if name == "int4":
             time_one(form, 73728, 12288, [Cut(blocks, 1, room) for blocks, room in every((2, 4), (MOST, WHOLE))])
 
