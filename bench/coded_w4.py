@@ -1,7 +1,8 @@
 """Checks and times products of many rows over four-bit weights on a GPU: `python bench/coded_w4.py check`, or `time`.
 
 `check` holds every epilogue, group size and way of cutting to the reference, first with one-hot rows, whose products
-are the weights themselves. `time` gives microseconds of llama-3.1-8b's products and of a chain of layers.
+are the weights themselves. `time` gives microseconds of llama-3.1-8b's products and of a chain of layers; `compile`
+makes the kernels that `time` needs.
 """
 
 from __future__ import annotations
@@ -330,6 +331,15 @@ class Timer:
         microseconds = time_graph(self._run_layers) / self._repeats
         print(f"T {self._rows} a layer in a chain, prepared and multiplied: {microseconds:.1f} us", flush=True)
 
+    def compile(self, names: Sequence[str]) -> None:
+        """Make what is timed, so that several processes can do so at once."""
+        for name in names:
+            outputs, inputs = SHAPES[name]
+            x = torch.zeros(self._rows, inputs, dtype=DTYPE, device=DEVICE)
+            call = self._call(name, self._weights[name][0], x, self._residual)
+            for cut in cuts(self._rows, outputs, inputs):
+                self._linears[name][0].launch(call, cut)
+
     def _time_product(self, name: str) -> str:
         outputs, inputs = SHAPES[name]
         x = torch.randn(self._rows, inputs, device=DEVICE).to(DTYPE)
@@ -377,7 +387,7 @@ class Timer:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("check", "time"))
+    parser.add_argument("what", choices=("check", "time", "compile"))
     parser.add_argument("--rows", nargs="+", type=int, default=(64, 128, 256, 8192))
     parser.add_argument("--products", nargs="+", choices=tuple(SHAPES), default=tuple(SHAPES))
     parser.add_argument("--kept", action="store_true", help="x is multiplied as it is, not rounded to e4m3")
@@ -394,7 +404,8 @@ def main() -> None:
             if name in arguments.products
         }
         for rows in arguments.rows:
-            Timer(weights, rows, not arguments.kept).time(arguments.products)
+            timer = Timer(weights, rows, not arguments.kept)
+            (timer.time if arguments.what == "time" else timer.compile)(arguments.products)
 
 
 if __name__ == "__main__":
