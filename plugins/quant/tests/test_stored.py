@@ -574,6 +574,25 @@ def test_inputs_are_rounded_as_the_checkpoint_asks(name: str, plain: Path, tmp_p
     torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_gpu_keeps_what_a_cpu_keeps(name: str, plain: Path, tmp_path: Path) -> None:
+    """Several threads read onto it."""
+    stored, _ = write_layout(LAYOUTS[name], plain, tmp_path)
+    wanted = LAYOUTS[name].precision
+    on_cpu = dict(load_model(stored, precision=wanted, dtype=torch.bfloat16).module.named_buffers())
+    device = torch.device("cuda", 0)
+    on_gpu = load_model(stored, precision=wanted, dtype=torch.bfloat16, device=device).module
+    for key, tensor in on_gpu.named_buffers():
+        assert torch.equal(tensor.cpu().double(), on_cpu[key].double()), key
+    layer = dict(linears(on_gpu))["layers.1.feed_forward.down"]
+    x = torch.randn(40, 384, device=device, dtype=torch.bfloat16)
+    meant = layer.format.dense(layer.stored).double()
+    error = (layer(x).double() - x.double() @ meant.T).norm() / (x.double() @ meant.T).norm()
+    assert error < 0.06
+
+
 def test_unused_scales_are_passed_over(plain: Path, tmp_path: Path) -> None:
     stored, dense = write_layout(LAYOUTS["modelopt fp8"], plain, tmp_path)
     tensors = load_file(stored / "model.safetensors")

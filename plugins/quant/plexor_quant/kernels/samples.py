@@ -131,14 +131,14 @@ def fp8_block_linear(device: torch.device, dtype: torch.dtype) -> Iterable[Sampl
     for rows, group_size in BLOCKS:
         sizes = {"block_rows": rows, "group_size": group_size}
         for sample in _dense(Fp8BlockFormat(rows, group_size), sizes, device, dtype):
-            yield replace(sample, args=(_on_grid(sample.args[0], group_size), *sample.args[1:]))
+            yield replace(sample, args=(on_grid(sample.args[0], group_size), *sample.args[1:]))
 
 
 def fp8_block_grouped_linear(device: torch.device, dtype: torch.dtype) -> Iterable[Sample]:
     for rows, group_size in BLOCKS:
         sizes = {"block_rows": rows, "group_size": group_size}
         for sample in _stacks(Fp8BlockFormat(rows, group_size), sizes, device, dtype):
-            yield replace(sample, args=(_on_grid(sample.args[0], group_size), *sample.args[1:]))
+            yield replace(sample, args=(on_grid(sample.args[0], group_size), *sample.args[1:]))
 
 
 def _dense(
@@ -156,7 +156,7 @@ def _dense(
         for name, x in _activations(generator, num_tokens, in_features, device, dtype):
             name = f"{num_tokens} x {in_features} by {out_features}, {name}"
             if grid is not None and num_tokens <= FEW_ROWS:
-                x = _on_grid(x, in_features, grid)
+                x = on_grid(x, in_features, grid)
             yield Sample(name, (x, stored["weight"], stored["scale"], *sizes.values(), *_zero(stored)), shape=shape)
 
 
@@ -180,7 +180,7 @@ def _facts(sizes: Mapping[str, int | float], stored: Mapping[str, Tensor]) -> tu
     return (*whole, *(("zero_points", 1) for _ in _zero(stored)))
 
 
-def _on_grid(x: Tensor, group_size: int, largest: float = E4M3_MAX) -> Tensor:
+def on_grid(x: Tensor, group_size: int, largest: float = E4M3_MAX) -> Tensor:
     """About x [T, in], each group of e4m3's numbers or of integers times a power of two, up to the largest.
 
     Rounding leaves it as it is, so that providers which do not round agree with those that do.
