@@ -1,7 +1,7 @@
 """Checks and times products with e4m3 weights in blocks on a GPU: `python bench/fp8_block.py check`, or `time`.
 
-`time` gives microseconds of llama-3.1-8b's four products for each number of rows, in a CUDA graph over layers that do not
-fit the cache: of each tile of the kernel, of the widened weight with the library, and of torch's own.
+`time` gives microseconds of llama-3.1-8b's four products for each number of rows, in a CUDA graph over layers that do
+not fit the cache: of each tile of the kernel, of the widened weight with the library, and of torch's own.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ class PerGroupFormat:
 
     @property
     def fused(self) -> Mapping[Fusion, str]:
-        """Ops that do more than multiply; they tell the group size from the number of scales: a power of two, or all."""
+        """Ops that do more than multiply, which tell the group size by the number of scales: a power of two, or all."""
         size = self.group_size
         return fused_ops(self.op) if size is None or size & (size - 1) == 0 else {}
 
