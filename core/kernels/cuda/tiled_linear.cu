@@ -76,6 +76,11 @@ __device__ __forceinline__ void copy_x(u32 target, const TensorMap* map, int box
 #endif
 }
 
+// All threads of the cluster come here; what they wrote is not made known, which would wait for all of it to be in memory.
+__device__ __forceinline__ void meet_cluster() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+
 __device__ __forceinline__ void cluster_barrier() {
   asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
@@ -121,7 +126,8 @@ __device__ __forceinline__ float widen_low(u32 two) { return widen((u16)two); }
 __device__ __forceinline__ float widen_high(u32 two) { return widen((u16)(two >> 16)); }
 __device__ __forceinline__ u32 narrow_two(float low, float high) { return narrow(low) | (u32)narrow(high) << 16; }
 
-// What a tile's finish needs to know of a token.
+// What a tile's finish needs to know of a token. What earlier kernels wrote is read from the L2: waiting for the previous
+// kernel does not make the L1 forget.
 struct Token {
   bool inside;
   float scale;
@@ -141,11 +147,11 @@ __device__ __forceinline__ Token load_token(const Arguments& a, const Scales& sc
   Token token = {};
   token.inside = m < a.num_rows;
 #if SCALED
-  token.scale = token.inside ? scales.tokens[m] : 0.0f;
+  token.scale = token.inside ? __ldcg(scales.tokens + m) : 0.0f;
 #endif
 #if EPILOGUE == ROTARY
-  token.angle = token.inside ? a.positions[m] * a.pair : 0;
-  token.slot = token.inside ? a.slots[m] : -1;
+  token.angle = token.inside ? __ldcg(a.positions + m) * a.pair : 0;
+  token.slot = token.inside ? __ldcg(a.slots + m) : -1;
 #endif
   return token;
 }
@@ -166,8 +172,8 @@ __device__ __forceinline__ Extras load_extras(
     if (!tokens[t].inside) continue;
 #if EPILOGUE == ADD && !QUADS
     const u16* residual = (const u16*)a.residual + (m + t * 8) * a.residual_stride + row;
-    extras.residual[t][0] = *(const u32*)residual;
-    extras.residual[t][1] = *(const u32*)(residual + a.pair);
+    extras.residual[t][0] = __ldcg((const u32*)residual);
+    extras.residual[t][1] = __ldcg((const u32*)(residual + a.pair));
 #elif EPILOGUE == ROTARY
     const long long angle = tokens[t].angle + row % a.pair;
     extras.turn[t][0] = *(const float2*)(a.cos + angle);
@@ -326,8 +332,8 @@ __device__ __forceinline__ void store_quad(
   for (int t = 0; t < 2; t++) {
     if (!inside || !tokens[t].inside) continue;
     const u16* place = (const u16*)a.residual + (m + t * 8) * a.residual_stride + own_row;
-    *(uint4*)residual[t][0] = *(const uint4*)place;
-    *(uint4*)residual[t][1] = *(const uint4*)(place + a.pair);
+    *(uint4*)residual[t][0] = __ldcg((const uint4*)place);
+    *(uint4*)residual[t][1] = __ldcg((const uint4*)(place + a.pair));
   }
 #endif
 #pragma unroll
@@ -369,7 +375,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tiled_linear(
     asm volatile("fence.mbarrier_init.release.cluster;");
   }
   __syncthreads();
-  if (CLUSTER > 1) cluster_barrier();
+  if (CLUSTER > 1) meet_cluster();
   let_next_kernel_start();
   // Items in turn: BAND tiles of tokens with the first weight rows, the same with the next ones, and so on.
   const auto tile_of = [&](int item, int& tile, int& token) {
@@ -420,7 +426,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tiled_linear(
     }
     __syncwarp();
     if (SPLIT > 1) cluster_barrier();
-    if (CLUSTER > 1) cluster_barrier();
+    if (CLUSTER > 1) meet_cluster();
     return;
   }
   if (THREADS == 384) asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
@@ -530,5 +536,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tiled_linear(
     }
   }
 #endif
-  if (CLUSTER > 1) cluster_barrier();  // nobody leaves whose memory or barriers others still use
+  if (CLUSTER > 1) meet_cluster();  // nobody leaves whose memory or barriers others still use
 }
