@@ -419,9 +419,10 @@ def test_two_ranks_keep_what_is_stored(name: str, plain: Path, tmp_path: Path) -
     assert answers(stored, prompts, "auto", ranks=2) == expected_tokens(dense, prompts, 8)
 
 
-def test_experts_are_kept_too(tmp_path: Path) -> None:
-    """A stack of Mixtral's, each expert stored on its own."""
-    layout = LAYOUTS["w4a16 32"]
+@pytest.mark.parametrize("name", ["w4a16 32", "gptq ordered", "block fp8"])
+def test_experts_are_kept_too(name: str, tmp_path: Path) -> None:
+    """A stack of Mixtral's, each expert stored on its own; the attention stays dense."""
+    layout = LAYOUTS[name]
     sizes = CONFIG | {"num_local_experts": 3, "num_experts_per_tok": 2, "intermediate_size": 96}
     plain = tmp_path / "plain"
     write_checkpoint(plain, "MixtralForCausalLM", transformers.MixtralConfig(**sizes))
@@ -440,10 +441,15 @@ def test_experts_are_kept_too(tmp_path: Path) -> None:
     kept = load_model(folders[0], precision=layout.precision).module
     meant_by = dict(load_model(folders[1]).module.named_modules())
     stacks = {key: module for key, module in kept.named_modules() if isinstance(module, GroupedLinear)}
-    assert stacks
+    assert len(stacks) == 4
     for key, module in stacks.items():
         exact = meant_by[key].stored["weight"]
+        assert not isinstance(module.format, DenseFormat)
         torch.testing.assert_close(module.format.dense(module.stored), exact, rtol=2e-7, atol=0, msg=key)
+    assert all(isinstance(module.format, DenseFormat) for _, module in linears(kept))
+    if layout.precision.startswith("int4"):
+        prompts = random_prompts(CONFIG["vocab_size"], (5, 9))
+        assert answers(folders[0], prompts, "auto") == expected_tokens(folders[1], prompts, 8)
 
 
 def test_explain_says_the_layout_and_why(plain: Path, tmp_path: Path) -> None:
