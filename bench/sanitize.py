@@ -7,7 +7,8 @@
 
 Run it without a tool first: machine code is kept on disk, so the tools find it made. Results are compared with the
 references on the CPU, so nothing but these kernels runs on the GPU. Each tensor is an allocation of its own, so that
-memcheck sees where it ends. `--kernel stream_linear` leaves out the other kernel.
+memcheck sees where it ends. `--kernel stream_linear` leaves out the other kernel. Kernels of coded weights:
+`compute-sanitizer --tool memcheck python bench/coded.py --check`.
 """
 
 from __future__ import annotations
