@@ -1,4 +1,4 @@
-"""However products of few rows with coded weights are cut, they agree with float64: `pytest -m gpu plugins/quant/tests`."""
+"""However products of few rows with coded weights are cut, they agree with float64."""
 
 from __future__ import annotations
 
