@@ -30,11 +30,11 @@ def test_the_cut_that_is_chosen_fits(rows: int, outputs: int, boxes: int, pair: 
     cut = tiled_cut_for(rows, outputs, boxes, pair, MULTIPROCESSORS)
     assert cut is not None
     assert cut.fits(rows, outputs, boxes, pair)
-    tokens, stages, num_bytes = tiled_layout(rows, cut.outputs)
+    tokens, stages, num_bytes = tiled_layout(rows, cut)
     assert min(rows, 256) <= tokens == tokens_for(rows)
     assert stages >= 3
     assert num_bytes + 1024 <= LARGEST_BLOCK
-    assert num_bytes >= tokens * cut.outputs * 4 or cut.split == 1
+    assert num_bytes >= stages * (tokens + cut.outputs) * 128 + tokens * cut.outputs * 4 * (cut.split - 1) // cut.split
 
 
 @pytest.mark.parametrize(("outputs", "pair"), [(8 * 3, None), (100, 50), (2 * 20, 20)])

@@ -16,6 +16,9 @@ _SHARED_BYTES = 226 * 1024
 _MOST_TOKENS = 256
 _MOST_NUMBERS = 256 * 128
 """Of a tile, kept in registers."""
+_UNIT = 2048
+"""Numbers of a tile that are added up by the same block: eight of each thread."""
+_LEAST_STAGES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,7 @@ class TiledCut:
             and (pair is None or piece_rows(self.outputs, pair) >= 32)
             and num_boxes >= self.split
             and (self.split == 1 or num_rows <= _MOST_TOKENS)
+            and tiled_layout(num_rows, self)[1] >= _LEAST_STAGES
         )
 
 
@@ -46,12 +50,14 @@ def tokens_for(num_rows: int) -> int:
     return next((tokens for tokens in (64, 128) if num_rows <= tokens), _MOST_TOKENS)
 
 
-def tiled_layout(num_rows: int, outputs: int) -> tuple[int, int, int]:
-    """Rows of x in a tile, stages of the ring, bytes of shared memory."""
+def tiled_layout(num_rows: int, cut: TiledCut) -> tuple[int, int, int]:
+    """Rows of x in a tile, stages of the ring, bytes of shared memory: the ring, and the sums that other blocks send."""
     tokens = tokens_for(num_rows)
-    stage = (tokens + outputs) * BOX * 2
-    stages = min(_SHARED_BYTES // stage, _MOST_STAGES)
-    return tokens, stages, stages * stage
+    stage = (tokens + cut.outputs) * BOX * 2
+    units = tokens * cut.outputs // _UNIT
+    exchanged = (cut.split - 1) * -(-units // cut.split) * _UNIT * 4
+    stages = min((_SHARED_BYTES - exchanged) // stage, _MOST_STAGES)
+    return tokens, stages, stages * stage + exchanged
 
 
 def instruction(columns: int, dtype: torch.dtype) -> str:

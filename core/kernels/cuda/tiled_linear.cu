@@ -6,7 +6,7 @@
 //   shared memory    ring of stages {x tile TOKENS x 128 bytes, weight tile OUTPUTS x 128 bytes}, as wgmma reads them
 //        |  two warpgroups: wgmma with x as the A operand; of 64 tokens each takes half of the weight rows, else each
 //        v  takes half of the tokens
-//   registers        sums -> (SPLIT > 1: added up over a cluster through shared memory) -> epilogue
+//   registers        sums -> (SPLIT > 1: sent to the block that adds them up) -> epilogue
 //
 // Weight rows are wgmma's columns, so that a tile may have any multiple of 32 of them and a layer be cut evenly among the
 // multiprocessors. They lie in shared memory eight and eight by turns, PAIR rows apart, so that both numbers that an
@@ -81,10 +81,6 @@ __device__ __forceinline__ void meet_cluster() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
-__device__ __forceinline__ void cluster_barrier() {
-  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
-}
-
 __device__ __forceinline__ u32 remote_address(u32 address, int rank) {
   u32 remote;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
@@ -112,11 +108,21 @@ __device__ __forceinline__ void release(u32 barrier, int team_rank, bool speaks)
 __device__ __forceinline__ void settle(float& sum) { asm volatile("" : "+f"(sum)::"memory"); }
 __device__ __forceinline__ void settle(int& sum) { asm volatile("" : "+r"(sum)::"memory"); }
 
-__device__ __forceinline__ void add_remote(SUM* total, u32 address, int rank) {
+// Four sums on their way into another block, whose barrier counts their bytes.
+__device__ __forceinline__ void send(u32 target, u32 barrier, int rank, const SUM* four) {
+  const u32* bits = (const u32*)four;
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];"
+      ::"r"(remote_address(target, rank)), "r"(bits[0]), "r"(bits[1]), "r"(bits[2]), "r"(bits[3]),
+      "r"(remote_address(barrier, rank))
+      : "memory");
+}
+
+__device__ __forceinline__ void add_sent(SUM* total, u32 address) {
   u32 bits[4];
-  asm volatile("ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(bits[0]), "=r"(bits[1]), "=r"(bits[2]), "=r"(bits[3])
-               : "r"(remote_address(address, rank))
+               : "r"(address)
                : "memory");
 #pragma unroll
   for (int i = 0; i < 4; i++) total[i] += *(SUM*)&bits[i];
@@ -358,9 +364,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tiled_linear(
     const __grid_constant__ TensorMap weight_map, const __grid_constant__ TensorMap x_map,
     const __grid_constant__ Arguments a, const __grid_constant__ Scales scales) {
   extern __shared__ __align__(1024) char ring[];
-  __shared__ __align__(8) u64 barriers[2 * MOST_STAGES];
+  __shared__ __align__(8) u64 barriers[2 * MOST_STAGES + 1];
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;  // known to be the same in a warp
   const u32 base = shared_address(ring), full = shared_address(barriers), empty = full + 8 * MOST_STAGES;
+  const u32 arrived = empty + 8 * MOST_STAGES;  // the sums that other teams have sent
   const int rank = blockIdx.x % CLUSTER, member = rank % SHARE, part = rank / SHARE, team_rank = part * SHARE;
   const int num_tiles = (a.num_outputs + OUTPUTS - 1) / OUTPUTS, num_teams = (num_tiles + SHARE - 1) / SHARE;
   const int num_bands = (a.num_rows + TOKENS - 1) / TOKENS, num_items = num_teams * num_bands;
@@ -372,7 +379,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tiled_linear(
       barrier_init(full + 8 * i, 2);
       barrier_init(empty + 8 * i, 2 * SHARE);
     }
+    if (SPLIT > 1) barrier_init(arrived, 1);
     asm volatile("fence.mbarrier_init.release.cluster;");
+    if (SPLIT > 1)
+      barrier_expect(arrived, min(max(ALL_UNITS - part * OWN_UNITS, 0), OWN_UNITS) * (SPLIT - 1) * 32 * CONSUMERS);
   }
   __syncthreads();
   if (CLUSTER > 1) meet_cluster();
@@ -425,8 +435,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tiled_linear(
       }
     }
     __syncwarp();
-    if (SPLIT > 1) cluster_barrier();
-    if (CLUSTER > 1) meet_cluster();
+    if (SHARE > 1) meet_cluster();
     return;
   }
   if (THREADS == 384) asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
@@ -496,45 +505,55 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tiled_linear(
   }
 #else
   multiply_tile();
-  // The ring is drained: its memory holds each thread's sums for the other teams of the cluster.
-  asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");
+  // Each team keeps the sums that it finishes, and sends the others to those who finish them.
+  const u32 exchange = base + a.stages * STAGE_BYTES;
+  SUM own[OWN_UNITS * 8];
 #pragma unroll
-  for (int i = 0; i < STRIPES * COLUMNS / 2; i += 4) {
-    const SUM four[4] = {sums[i], sums[i + 1], sums[i + 2], sums[i + 3]};
-    *(uint4*)(ring + (i / 4 * CONSUMERS + threadIdx.x) * 16) = *(const uint4*)four;
-  }
-  cluster_barrier();
+  for (int p = 0; p < SPLIT; p++)
+#pragma unroll
+    for (int i = 0; i < OWN_UNITS * 2 && p * OWN_UNITS * 2 + i < ALL_UNITS * 2; i++) {
+      const SUM* four = sums + (p * OWN_UNITS * 2 + i) * 4;
+      if (p == part) {
+#pragma unroll
+        for (int j = 0; j < 4; j++) own[i * 4 + j] = four[j];
+      } else {
+        const int place = (part - (part > p)) * OWN_UNITS * 2 + i;
+        send(exchange + (place * CONSUMERS + threadIdx.x) * 16, arrived, p * SHARE + member, four);
+      }
+    }
   int tile, tile_token;
   tile_of(first_item, tile, tile_token);
-  if (tile < num_tiles) {
-    const int tile_octet = tile * (OUTPUTS / 16) + own_octet;
-    const int end = min(ALL_UNITS, (part + 1) * OWN_UNITS);
-    for (int chunk = part * OWN_UNITS; chunk < end; chunk += CHUNK) {
-      Extras extras[CHUNK];
-      Token tokens[CHUNK][2];
-      SUM total[CHUNK][8] = {};
-      int m[CHUNK], rows[CHUNK];
+  const int tile_octet = tile * (OUTPUTS / 16) + own_octet;
 #pragma unroll
-      for (int i = 0; i < CHUNK; i++) {
-        const int unit = chunk + i;
-        m[i] = tile_token + own_token + unit / UNITS * 64;
-        rows[i] = first_row(tile_octet + unit % UNITS, a.pair) + lane % 4 * 2;
-        if (unit >= end || rows[i] >= a.num_outputs) continue;
-        tokens[i][0] = load_token(a, scales, m[i]), tokens[i][1] = load_token(a, scales, m[i] + 8);
+  for (int chunk = 0; chunk < OWN_UNITS; chunk += CHUNK) {
+    Extras extras[CHUNK];
+    Token tokens[CHUNK][2];
+    bool inside[CHUNK];
+    int m[CHUNK], rows[CHUNK];
 #pragma unroll
-        for (int p = 0; p < SPLIT; p++)
+    for (int i = 0; i < CHUNK && chunk + i < OWN_UNITS; i++) {
+      const int unit = part * OWN_UNITS + chunk + i;
+      m[i] = tile_token + own_token + unit / UNITS * 64;
+      rows[i] = first_row(tile_octet + unit % UNITS, a.pair) + lane % 4 * 2;
+      inside[i] = unit < ALL_UNITS && tile < num_tiles && rows[i] < a.num_outputs;
+      if (!inside[i]) continue;
+      tokens[i][0] = load_token(a, scales, m[i]), tokens[i][1] = load_token(a, scales, m[i] + 8);
+    }
 #pragma unroll
-          for (int j = 0; j < 8; j += 4)
-            add_remote(total[i] + j, base + ((unit * 2 + j / 4) * CONSUMERS + threadIdx.x) * 16, p * SHARE + member);
+    for (int i = 0; i < CHUNK && chunk + i < OWN_UNITS; i++)
+      if (inside[i]) extras[i] = load_extras(a, scales, tokens[i], m[i], rows[i]);
+    if (chunk == 0) barrier_wait(arrived, 0);  // also where nothing is stored: others write here until then
+#pragma unroll
+    for (int i = 0; i < CHUNK && chunk + i < OWN_UNITS; i++) {
+      if (!inside[i]) continue;
+#pragma unroll
+      for (int j = 0; j < 2 * (SPLIT - 1); j++) {
+        const int place = (j / 2 * OWN_UNITS + chunk + i) * 2 + j % 2;
+        add_sent(own + (chunk + i) * 8 + j % 2 * 4, exchange + (place * CONSUMERS + threadIdx.x) * 16);
       }
-#pragma unroll
-      for (int i = 0; i < CHUNK; i++)
-        if (chunk + i < end && rows[i] < a.num_outputs) extras[i] = load_extras(a, scales, tokens[i], m[i], rows[i]);
-#pragma unroll
-      for (int i = 0; i < CHUNK; i++)
-        if (chunk + i < end && rows[i] < a.num_outputs) store_unit(a, tokens[i], m[i], rows[i], total[i], extras[i]);
+      store_unit(a, tokens[i], m[i], rows[i], own + (chunk + i) * 8, extras[i]);
     }
   }
 #endif
-  if (CLUSTER > 1) meet_cluster();  // nobody leaves whose memory or barriers others still use
+  if (SHARE > 1) meet_cluster();  // nobody leaves whose barriers others still use
 }

@@ -49,7 +49,7 @@ class TiledLinear:
         assert call.x.dtype == call.weight.dtype
         x, weight, arguments = _in_twos(call.x), _in_twos(call.weight), call.arguments
         (num_rows, num_inputs), num_outputs = x.shape, weight.shape[0]
-        tokens, stages, shared_bytes = tiled_layout(num_rows, tile.outputs)
+        tokens, stages, shared_bytes = tiled_layout(num_rows, tile)
         pair = call.pair or 8
         piece = tile.outputs if call.pair is None else piece_rows(tile.outputs, pair)
         arguments.num_rows, arguments.num_inputs, arguments.num_outputs = num_rows, num_inputs, num_outputs
