@@ -12,9 +12,14 @@ from plexor.api import Fusion, Grid, GroupedMultiply, KernelTable, LinearShape, 
 from plexor_quant.fusions import fused_ops
 
 
+def dynamic(op: str) -> str:
+    """The op that gives each token a scale, for one that takes one for all."""
+    return op.replace("_static", "")
+
+
 def described(op: str, input_scale: float | None) -> str:
     """What `plexor explain` calls a format with this op."""
-    name = op.removesuffix("_linear").removesuffix("_static")
+    name = dynamic(op).removesuffix("_linear")
     return name if input_scale is None else f"{name}, static scale of the inputs"
 
 
@@ -38,7 +43,8 @@ class PerChannelFormat:
 
     @property
     def fused(self) -> Mapping[Fusion, str]:
-        return fused_ops(self.op)
+        """Ops that do more than multiply, without the input_scale: a token then has its own or stays as it is."""
+        return fused_ops(dynamic(self.op))
 
     def storage(self, shape: LinearShape, dtype: torch.dtype) -> tuple[Stored, ...]:
         return (

@@ -17,7 +17,7 @@ from torch import Tensor
 from plexor.api import Fusion, Grid, GroupedMultiply, KernelTable, LinearShape, Multiply, Stored, facts
 from plexor_quant.fusions import fused_ops
 from plexor_quant.packing import ZERO, is_odd, num_groups, pack, round_int4, round_uint4, widen
-from plexor_quant.per_channel import described
+from plexor_quant.per_channel import described, dynamic
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +43,12 @@ class PerGroupFormat:
 
     @property
     def fused(self) -> Mapping[Fusion, str]:
-        """Ops that do more than multiply, which tell the group size by the number of scales: a power of two, or all."""
+        """Ops that do more than multiply, which tell the group size by the number of scales: a power of two, or all.
+
+        They know of no input_scale: each token then has its own or stays as it is.
+        """
         size = self.group_size
-        return fused_ops(self.op) if size is None or size & (size - 1) == 0 else {}
+        return fused_ops(dynamic(self.op)) if size is None or size & (size - 1) == 0 else {}
 
     def storage(self, shape: LinearShape, dtype: torch.dtype) -> tuple[Stored, ...]:
         groups = shape.out_features, num_groups(shape.in_features, self._size(shape.in_features))

@@ -167,6 +167,16 @@ def test_scales_of_inputs_are_asked_of_the_checkpoint(name: str, instead: str) -
         resolve(named[name])()
 
 
+def test_what_is_fused_knows_of_no_static_scale() -> None:
+    for static, plain in (
+        (Fp8StaticFormat(0.1), Fp8Format()),
+        (Int8StaticFormat(0.1), Int8Format()),
+        (W4AFp8StaticFormat(64, True, 0.1), W4AFp8Format(64, True)),
+    ):
+        assert static.fused == plain.fused != {}
+    assert W4AFp8Format(96).fused == {}
+
+
 @pytest.mark.parametrize("rows", [2, 128])
 def test_blocks_of_rows(rows: int) -> None:
     """Their parts are whole multiples of a block, unlike those of check_precision."""
