@@ -51,7 +51,7 @@ def tokens_for(num_rows: int) -> int:
 
 
 def tiled_layout(num_rows: int, cut: TiledCut) -> tuple[int, int, int]:
-    """Rows of x in a tile, stages of the ring, bytes of shared memory: the ring, and the sums that other blocks send."""
+    """Rows of x in a tile, stages of the ring, bytes of shared memory: for it, and for sums that others send."""
     tokens = tokens_for(num_rows)
     stage = (tokens + cut.outputs) * BOX * 2
     units = tokens * cut.outputs // _UNIT
