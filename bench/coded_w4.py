@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
 
@@ -227,6 +227,7 @@ def check() -> None:
         (32, True, W4Cut(64), 288),
         (128, False, W4Cut(64), 512),
         (32, False, W4Cut(32), 544),
+        (64, True, W4Cut(128, 2, 1, 2, True), 544),
     )
     failures = attempt("rounding of bf16", partial(check_rounding, 300, 14336, bf16))
     failures += attempt("rounding of fp16", partial(check_rounding, 17, 288, fp16))
@@ -251,6 +252,8 @@ def check() -> None:
         (200, 1024, 1024, "add", W4Cut(128), False, 64, True, bf16),
         (33, 1024, 1024, "gated", W4Cut(64, 1, 4), False, 32, False, fp16),
         (256, 4096, 14336, "add", None, True, 128, False, bf16),
+        (300, 2048, 1056, "gated", W4Cut(128, 1, 1, 2, True), True, 32, True, bf16),
+        (700, 1536, 4096, "rotary", W4Cut(128, 2, 1, 1, True), True, 128, False, bf16),
     )
     for rows, outputs, inputs, epilogue, chosen, rounds, group_size, zero, dtype in cases:
         weight = Weight.draw(outputs, inputs, group_size, zero=zero)
@@ -296,10 +299,11 @@ def time_graph(run: Callable[[], object], rounds: int = 7) -> float:
     return median(times)
 
 
-def cuts(rows: int, outputs: int, inputs: int) -> Sequence[W4Cut]:
+def cuts(rows: int, outputs: int, inputs: int, rounds: bool) -> Sequence[W4Cut]:
     """What is worth timing."""
     if rows > 256:
-        found = [W4Cut(128), W4Cut(128, 2), W4Cut(128, 1, 1, 2), W4Cut(128, 2, 1, 2)]
+        found = [W4Cut(128), W4Cut(128, 1, 1, 2), W4Cut(128, 2, 1, 2)]
+        found += [replace(cut, widened=True) for cut in found if rounds]
     elif rows > 128:
         found = [W4Cut(128, 1, 1, 2), W4Cut(128), W4Cut(128, 1, 2), W4Cut(128, 1, 4), W4Cut(128, 2, 2)]
     elif rows > 64:
@@ -337,7 +341,7 @@ class Timer:
             outputs, inputs = SHAPES[name]
             x = torch.zeros(self._rows, inputs, dtype=DTYPE, device=DEVICE)
             call = self._call(name, self._weights[name][0], x, self._residual)
-            for cut in cuts(self._rows, outputs, inputs):
+            for cut in cuts(self._rows, outputs, inputs, self._rounds):
                 self._linears[name][0].launch(call, cut)
 
     def _time_product(self, name: str) -> str:
@@ -345,7 +349,7 @@ class Timer:
         x = torch.randn(self._rows, inputs, device=DEVICE).to(DTYPE)
         calls = [self._call(name, weight, x, self._residual) for weight in self._weights[name][: self._repeats]]
         figures = []
-        for cut in cuts(self._rows, outputs, inputs):
+        for cut in cuts(self._rows, outputs, inputs, self._rounds):
             ready = prepare(x, calls[0].call.norm, self._rounds, None, cut.columns)
 
             def run(ready: Prepared = ready, cut: W4Cut = cut) -> None:
@@ -361,7 +365,7 @@ class Timer:
                 prepare(x, calls[0].call.norm, self._rounds, None, MOST_COLUMNS)
 
         before = time_graph(run_prepare) / self._repeats
-        shown = "  ".join(f"{c.columns}/{c.parts}/{c.split}/{c.share} {t:.1f}" for t, c in figures)
+        shown = "  ".join(f"{c.columns}/{c.parts}/{c.split}/{c.share}{'w' * c.widened} {t:.1f}" for t, c in figures)
         return (
             f"T {self._rows} {name:<8} {2 * self._rows * outputs * inputs / quickest / 1e6:.0f} TFLOP/s "
             f"{outputs * inputs * 0.516 / quickest / 1e6:.2f} TB/s | prepare {before:.1f} "

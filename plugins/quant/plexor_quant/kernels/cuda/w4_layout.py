@@ -32,13 +32,14 @@ class W4Cut:
     """How a product is cut: see w4_linear.cu.
 
     columns: of a tile. parts: of a tile's columns, multiplied one behind the other. split: blocks that share a tile.
-    share: blocks that share x.
+    share: blocks that share x. widened: whether weights are made e4m3 in memory first, and not again for each tile.
     """
 
     columns: int
     parts: int = 1
     split: int = 1
     share: int = 1
+    widened: bool = False
 
     def fits(self, num_outputs: int, num_inputs: int) -> bool:
         """Whether every block of every cluster has something to do."""
@@ -99,12 +100,18 @@ def rounds(coded: CodedCall) -> bool:
     return coded.activations is Activations.E4M3
 
 
+def sums_needed(coded: CodedCall, cut: W4Cut) -> int | None:
+    """Inputs of each sum of x that zero points ask for; None where they do not."""
+    return None if coded.codes.zero is None or cut.widened else unit(coded.codes)
+
+
 def layout(coded: CodedCall, cut: W4Cut) -> tuple[int, int]:
     """Stages of the ring, and bytes of shared memory."""
-    stage = ROWS * STAGE_INPUTS + cut.columns * STAGE_INPUTS * (1 if rounds(coded) else 2)
-    if coded.codes.zero is not None:
-        stage += -(-STAGE_INPUTS // unit(coded.codes) * cut.columns * 4 // 1024) * 1024
+    summed = sums_needed(coded, cut)
+    stage = ROWS * STAGE_INPUTS * (2 if cut.widened else 1) + cut.columns * STAGE_INPUTS * (1 if rounds(coded) else 2)
+    if summed is not None:
+        stage += -(-STAGE_INPUTS // summed * cut.columns * 4 // 1024) * 1024
     staged = cut.split == 1 and cut.columns >= _FEWEST_STAGED
-    rest = 256 * (cut.columns if coded.codes.zero is None else _FEWEST_STAGED) if staged else 0
+    rest = 256 * (cut.columns if summed is None else _FEWEST_STAGED) if staged else 0
     stages = min((_SHARED_BYTES - rest) // stage, _MOST_STAGES)
     return stages, stages * stage + rest

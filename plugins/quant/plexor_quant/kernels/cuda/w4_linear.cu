@@ -2,7 +2,7 @@
 //
 //   device memory    W, row-major, two nibbles a byte       x, its features in the order of w4_prepare.cu
 //        |  weight thread: a bulk tensor copy a stage,        |  activation thread: the same, but only after the
-//        v  never waits for the previous kernel               v  previous kernel has ended
+//        v  waits for the previous kernel only with CODES     v  previous kernel has ended
 //   shared memory    ring of stages {weight tile 128 x 256, x tile COLUMNS x 256, ZERO: sums of x}
 //        |  two warpgroups, each with 64 of the tile's rows: nibbles to registers, exactly widened to x's type
 //        v
@@ -26,6 +26,7 @@
 //   E4M3      x is e4m3 with a float32 scale for each row, else bfloat16, or with HALF float16
 //   HALF, EPILOGUE, NARROW   as in the core's wide_linear.cu
 //   ZERO      groups have zero points
+//   CODES     W is e4m3 already, [N, K], as w4_widen.cu makes it: wgmma takes it from shared memory
 
 constexpr int ROWS = 64;
 constexpr int CONSUMERS = 256;
@@ -41,7 +42,9 @@ constexpr int STEP_MULTIPLIES = STEP_K / MULTIPLY_K;
 constexpr int UNITS = STEP_K / GROUP;        // sums of a step
 constexpr int STAGE_UNITS = STAGE_K / GROUP;
 constexpr int UNIT_MULTIPLIES = GROUP / MULTIPLY_K;
-constexpr int WEIGHT_BYTES = 2 * ROWS * STAGE_K / 2;
+constexpr int WEIGHT_BOXES = CODES ? 2 : 1;  // of a stage
+constexpr int WEIGHT_BOX_BYTES = 2 * ROWS * 128;
+constexpr int WEIGHT_BYTES = WEIGHT_BOXES * WEIGHT_BOX_BYTES;
 constexpr int X_BOX_BYTES = COLUMNS * 128;
 constexpr int X_BYTES = STAGE_K / BOX_K * X_BOX_BYTES;
 constexpr int SUM_BYTES = ZERO ? STAGE_UNITS * COLUMNS * 4 : 0;
@@ -59,6 +62,7 @@ constexpr int PART_SUMS = PART / 2;
 constexpr u64 EVICT_NORMAL = 0x1000000000000000ull;
 
 static_assert(SPLIT == 1 || SHARE == 1, "a cluster shares a tile or x");
+static_assert(!CODES || (E4M3 && !ZERO), "widened weights are e4m3, less their zero points");
 static_assert(PART >= 32, "a part has 32 columns at least");
 
 struct Coded {
@@ -85,42 +89,53 @@ struct Coded {
 #define FOUR(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define SIXTEEN(d, i) FOUR(d, i), FOUR(d, i + 4), FOUR(d, i + 8), FOUR(d, i + 12)
 
+// Where the weights of a wgmma are: in registers, or in shared memory.
+#if CODES
+typedef u64 Weights;
+#define WEIGHTS(a) "l"(a)
+#define TEXT(one, four) one
+#else
+typedef const u32* Weights;
+#define WEIGHTS(a) "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])
+#define TEXT(one, four) "{" four "}"
+#endif
+
 // Adds to d, or replaces it, the product of 64 rows and PART columns over MULTIPLY_K k.
-__device__ __forceinline__ void multiply(float* d, const u32* a, u64 b, int adds) {
+__device__ __forceinline__ void multiply(float* d, Weights a, u64 b, int adds) {
 #if PART == 32
   asm volatile(
-      "{\n.reg .pred adds;\nsetp.ne.b32 adds, %21, 0;\n"
+      "{\n.reg .pred adds;\nsetp.ne.b32 adds, %16, 0;\n"
       "wgmma.mma_async.sync.aligned.m64n32" KIND " "
       "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
-      "{%16, %17, %18, %19}, %20, " TAIL ";\n}"
+      TEXT("%18", "%18, %19, %20, %21") ", %17, " TAIL ";\n}"
       : SIXTEEN(d, 0)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds));
+      : "r"(adds), "l"(b), WEIGHTS(a));
 #endif
 #if PART == 64
   asm volatile(
-      "{\n.reg .pred adds;\nsetp.ne.b32 adds, %37, 0;\n"
+      "{\n.reg .pred adds;\nsetp.ne.b32 adds, %32, 0;\n"
       "wgmma.mma_async.sync.aligned.m64n64" KIND " "
       "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-      "{%32, %33, %34, %35}, %36, " TAIL ";\n}"
+      TEXT("%34", "%34, %35, %36, %37") ", %33, " TAIL ";\n}"
       : SIXTEEN(d, 0),
         SIXTEEN(d, 16)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds));
+      : "r"(adds), "l"(b), WEIGHTS(a));
 #endif
 #if PART == 128
   asm volatile(
-      "{\n.reg .pred adds;\nsetp.ne.b32 adds, %69, 0;\n"
+      "{\n.reg .pred adds;\nsetp.ne.b32 adds, %64, 0;\n"
       "wgmma.mma_async.sync.aligned.m64n128" KIND " "
       "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
       "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
       "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-      "{%64, %65, %66, %67}, %68, " TAIL ";\n}"
+      TEXT("%66", "%66, %67, %68, %69") ", %65, " TAIL ";\n}"
       : SIXTEEN(d, 0),
         SIXTEEN(d, 16),
         SIXTEEN(d, 32),
         SIXTEEN(d, 48)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds));
+      : "r"(adds), "l"(b), WEIGHTS(a));
 #endif
 }
 
@@ -149,7 +164,9 @@ __device__ __forceinline__ u32 permute(u32 low, u32 high, u32 selector) {
   return bytes;
 }
 
-#if E4M3
+#if CODES
+constexpr float UNIT_VALUE = 1.0f;
+#elif E4M3
 constexpr float UNIT_VALUE = 256.0f;  // widened numbers are 1/256 of what they mean
 
 // Four nibbles, in order, to e4m3: n - 8, as a sign and 2 |n - 8|, which is linear up to 16.
@@ -191,10 +208,14 @@ __device__ __forceinline__ void widen_word(u32* a, u32 word) {
 }
 #endif
 
-// A lane's share of a step's weights. rows: where the warp's 16 rows begin in shared memory; step: 0 or 1 of the stage.
-__device__ __forceinline__ void load_weights(u32* a, u32 rows, int step, int lane) {
+// A step's weights of a warpgroup, whose rows begin there in shared memory. step: 0 or 1 of the stage.
+#if CODES
+__device__ __forceinline__ void prepare_weights(u32& a, u32 rows, int step) { a = rows + step * WEIGHT_BOX_BYTES; }
+#else
+__device__ __forceinline__ void prepare_weights(u32* a, u32 rows, int step) {
   u32 first[4], second[4];
-  const u32 address = rows + lane % 8 * 128 + ((step * 4 + lane / 8) ^ (lane % 8)) * 16;
+  const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+  const u32 address = rows + (warp * 16 + lane % 8) * 128 + ((step * 4 + lane / 8) ^ (lane % 8)) * 16;
   load_matrices(first, address);
   load_matrices(second, address + 8 * 128);
 #pragma unroll
@@ -203,12 +224,13 @@ __device__ __forceinline__ void load_weights(u32* a, u32 rows, int step, int lan
     widen_word(a + i * STEP_MULTIPLIES + 1, second[i]);
   }
 }
+#endif
 
-__device__ __forceinline__ void copy_weight(u32 target, const TensorMap* map, int share, int box, u32 barrier, u64 policy) {
+__device__ __forceinline__ void copy_weight(u32 target, const TensorMap* map, int share, int place, u32 barrier, u64 policy) {
   asm volatile(
       "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
       "[%0], [%1, {%2, %3, %4, %5, %6}], [%7], %8;"
-      ::"r"(target), "l"(map), "r"(box * STAGE_K / 2), "r"(0), "r"(0), "r"(0), "r"(share), "r"(barrier), "l"(policy)
+      ::"r"(target), "l"(map), "r"(place), "r"(0), "r"(0), "r"(0), "r"(share), "r"(barrier), "l"(policy)
       : "memory");
 }
 
@@ -322,13 +344,22 @@ __device__ __forceinline__ void start_sums(float* sums, const Grid& grid, int un
 #endif
 }
 
+// A step's weights: registers, or where they are in shared memory; and those of its k-th wgmma.
+#if CODES
+typedef u32 StepWeights;
+__device__ __forceinline__ Weights of_multiply(StepWeights a, int k) { return operand(a) + k * 2; }
+#else
+typedef const u32* StepWeights;
+__device__ __forceinline__ Weights of_multiply(StepWeights a, int k) { return a + 4 * k; }
+#endif
+
 // Queues the products of one unit, or half of the columns of it.
-__device__ __forceinline__ void multiply_unit(float* sums, const u32* a, u32 x, int unit) {
+__device__ __forceinline__ void multiply_unit(float* sums, StepWeights a, u32 x, int unit) {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
   for (int i = 0; i < UNIT_MULTIPLIES; i++) {
     const int k = unit * UNIT_MULTIPLIES + i;
-    multiply(sums, a + 4 * k, operand(x + k / 4 * X_BOX_BYTES) + k % 4 * 2, ZERO || i > 0);
+    multiply(sums, of_multiply(a, k), operand(x + k / 4 * X_BOX_BYTES) + k % 4 * 2, ZERO || i > 0);
   }
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
@@ -604,13 +635,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) w4_linear(
 #endif
     if (warp == CONSUMERS / 32 && lane == 0) {
       const u64 policy = num_column_tiles > 1 ? EVICT_NORMAL : EVICT_FIRST;  // weights may be wanted again
+#if CODES
+      wait_for_previous_kernel();  // it has made the weights
+      asm volatile("fence.proxy.async;" ::: "memory");
+#endif
       for (int item = first_item; item < num_items; item += item_step) {
         const Tile tile = tile_of(item, num_row_tiles, num_column_tiles, rank);
         const int first_share = row_of(tile.row_tile, a) / c.share_rows;
         for (int box = first_box; box < end_box; box++) {
           barrier_wait(empty + 8 * stage, phase ^ 1);
           barrier_expect(full + 8 * stage, WEIGHT_BYTES);
-          copy_weight(base + stage * STAGE_BYTES, &weight_map, first_share, box, full + 8 * stage, policy);
+          for (int i = 0; i < WEIGHT_BOXES; i++)
+            copy_weight(base + stage * STAGE_BYTES + i * WEIGHT_BOX_BYTES, &weight_map, first_share,
+                        (box * WEIGHT_BOXES + i) * 128, full + 8 * stage, policy);
           if (++stage == a.stages) stage = 0, phase ^= 1;
         }
       }
@@ -644,9 +681,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) w4_linear(
 #endif
     float sums[TILES_N * 4];
     alignas(16) float totals[TILES_N * 4];
+#if CODES
+    u32 weights[2];
+#else
     u32 weights[2][4 * STEP_MULTIPLIES];
+#endif
     Grid grid, next_grid;
-    const u32 warp_rows = base + (group * 64 + warp % 4 * 16) * 128;
+    const u32 group_rows = base + group * 64 * 128;
     if (first_item < num_items)
       load_grid(next_grid, c, row_of(tile_of(first_item, num_row_tiles, num_column_tiles, rank).row_tile, a) + row, a.pair,
                 first_box);
@@ -657,7 +698,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) w4_linear(
 #pragma unroll
       for (int i = 0; i < TILES_N * 4; i++) totals[i] = 0.0f;
       barrier_wait(full + 8 * stage, phase);
-      load_weights(weights[0], warp_rows + stage * STAGE_BYTES, 0, lane);
+      prepare_weights(weights[0], group_rows + stage * STAGE_BYTES, 0);
       for (int box = first_box; box < end_box; box++) {
         grid = next_grid;
         if (box + 1 < end_box) {
@@ -684,10 +725,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) w4_linear(
             }
             if (u == UNITS - 1) {
               if (step == 0) {
-                load_weights(weights[1], warp_rows + this_stage * STAGE_BYTES, 1, lane);
+                prepare_weights(weights[1], group_rows + this_stage * STAGE_BYTES, 1);
               } else if (box + 1 < end_box) {
                 barrier_wait(full + 8 * stage, phase);
-                load_weights(weights[0], warp_rows + stage * STAGE_BYTES, 0, lane);
+                prepare_weights(weights[0], group_rows + stage * STAGE_BYTES, 0);
               }
             }
 #if PARTS == 2
