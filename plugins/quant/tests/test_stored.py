@@ -196,6 +196,16 @@ def words(numbers: Tensor, axis: int) -> Tensor:
     return signed if axis == 1 else signed.T
 
 
+def gptq8(weight: Tensor) -> tuple[Tensors, Tensor]:
+    """Four numbers to a word and a scale for each output channel; zero points say 127, for 128."""
+    tensors, dense = int8(weight)
+    codes = (tensors["weight"].int() + 128).T.reshape(-1, 4, weight.shape[0])
+    packed = sum(codes[:, place].long() << 8 * place for place in range(4))
+    assert isinstance(packed, Tensor)
+    zeros = torch.full((1, weight.shape[0] // 4), 0x7F7F7F7F, dtype=torch.int32)
+    return {"qweight": packed.to(torch.int32), "qzeros": zeros, "scales": tensors["weight_scale"].T}, dense
+
+
 def awq(weight: Tensor) -> tuple[Tensors, Tensor]:
     """Words hold output features 0 2 4 6 1 3 5 7 of eight, the first in the lowest bits."""
     columns = weight.shape[1]
@@ -273,6 +283,7 @@ LAYOUTS = {
     "gptq asymmetric": gptq(1, 128, symmetric=False),
     "gptq ordered": gptq(1, 32, symmetric=True, desc_act=True),
     "gptq v2": gptq(2, 128, symmetric=False),
+    "gptq 8": Layout({"quant_method": "gptq", "bits": 8, "group_size": -1, "sym": True}, gptq8, "int8_wo"),
     "awq": Layout(
         {"quant_method": "awq", "bits": 4, "group_size": 64, "zero_point": True, "version": "gemm"}, awq, "int4_wo_g64"
     ),
@@ -411,9 +422,9 @@ def test_two_ranks_read_what_one_does(name: str, plain: Path, tmp_path: Path) ->
     assert answers(stored, prompts, ranks=2) == expected_tokens(dense, prompts, 8)
 
 
-@pytest.mark.parametrize("name", ["w4a16 32", "w4a16 channel"])
+@pytest.mark.parametrize("name", ["w4a16 32", "w4a16 channel", "w4a16 asymmetric", "awq", "gptq 8", "modelopt w4a16"])
 def test_two_ranks_keep_what_is_stored(name: str, plain: Path, tmp_path: Path) -> None:
-    """Their shares are whole groups of these sizes, and the activations are not rounded."""
+    """Activations are not rounded, and nearly all shares are whole groups of these sizes."""
     stored, dense = write_layout(LAYOUTS[name], plain, tmp_path)
     prompts = random_prompts(CONFIG["vocab_size"], (5, 9))
     assert answers(stored, prompts, "auto", ranks=2) == expected_tokens(dense, prompts, 8)
