@@ -1,11 +1,13 @@
 """Every variant of the kernels in CUDA C++, each launched twice on small odd shapes: for compute-sanitizer.
 
     python bench/sanitize.py                                  # compiles, and says whether the results are right
-    compute-sanitizer --tool memcheck --error-exitcode 9 python bench/sanitize.py
+    compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 9 python bench/sanitize.py
     compute-sanitizer --tool racecheck --error-exitcode 9 python bench/sanitize.py
     compute-sanitizer --tool synccheck --error-exitcode 9 python bench/sanitize.py
 
-Run it without a tool first: machine code is kept on disk, so the tools find it made. Results are compared with the
+Run it without a tool first: machine code is kept on disk, so the tools find it made. Of errors of the driver's calls
+memcheck would name those with which cuda.bindings asks, when it is used first, for functions that the driver lacks
+(cuGetProcAddress_v2, 34 of them with CUDA 13.0); a call of Plexor's own that fails ends the run. Results are compared with the
 references on the CPU, so nothing but these kernels runs on the GPU. Each tensor is an allocation of its own, so that
 memcheck sees where it ends. `--kernel stream_linear` leaves out the other kernel. Kernels of coded weights:
 `compute-sanitizer --tool memcheck python bench/coded.py --check`.
