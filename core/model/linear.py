@@ -154,7 +154,7 @@ class LinearWeight(nn.Module):
 
     def _check_shared(self, name: str, value: Tensor, view: TensorView, group: int) -> None:
         """CheckpointError if parts that must share a tensor bring different ones."""
-        content = hashlib.sha256(value.cpu().reshape(-1).view(torch.uint8).numpy()).digest()
+        content = hashlib.sha256(value.cpu().reshape(-1).view(torch.uint8).numpy().data).digest()
         if self._shared.setdefault((name, group), content) != content:
             raise CheckpointError(
                 f"{view.origin} is stored with another {name!r} than a tensor that the model keeps in one layer with "
