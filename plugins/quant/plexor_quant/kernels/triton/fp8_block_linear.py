@@ -47,7 +47,11 @@ _COMPUTE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 """What the tensor cores multiply; Triton's interpreter has no products of bfloat16."""
 
 
-@triton.jit
+# What differs between layers and steps, and makes no faster code when it is known.
+_ANY = ("num_rows", "num_groups", "block_rows")
+
+
+@triton.jit(do_not_specialize=_ANY)
 def multiply_kernel(
     x,
     weight,
