@@ -80,15 +80,25 @@ def _inverse_factor(gram: Tensor) -> Tensor:
     """
     if not gram.isfinite().all():
         raise CheckpointError("the inputs of a linear layer are not finite on this text: calibrate in float32")
-    exact = gram.double()
-    mean = exact.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
-    damping = DAMPING
+    damped = gram.double()
+    diagonal = damped.diagonal()
+    exact, damping = diagonal.clone(), DAMPING
+    mean = exact.mean().clamp_min(torch.finfo(torch.float32).tiny)
     while True:
-        damped = exact + torch.eye(len(exact), dtype=exact.dtype, device=exact.device) * (damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed:
-                found: Tensor = upper.float()
-                return found
+        diagonal.copy_(exact + damping * mean)
+        upper = _factor_of_inverse(damped)
+        if upper is not None:
+            return upper.float()
         damping *= 10
+
+
+def _factor_of_inverse(matrix: Tensor) -> Tensor | None:
+    """Upper, in the matrix' dtype; None where a factorisation fails. At most two more of its size at a time."""
+    lower, failed = torch.linalg.cholesky_ex(matrix)
+    if failed:
+        return None
+    inverse = torch.cholesky_inverse(lower)
+    del lower
+    upper: Tensor
+    upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+    return None if failed else upper
