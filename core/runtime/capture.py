@@ -41,8 +41,12 @@ class GraphMemory:
     """What captured steps of one device share: their memory, as each one's results are read before the next runs."""
 
     def __init__(self, device: torch.device) -> None:
-        self.pool = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream(device)
+        self.renew()
+
+    def renew(self) -> None:
+        """Take other memory from now on: torch goes on recording to a pool in which a capture has failed."""
+        self.pool = torch.cuda.graph_pool_handle()
 
 
 class Captures:
@@ -89,6 +93,7 @@ class Captures:
                 drawn = _record(graph, step, memory)
         except RuntimeError as error:
             self._memory = None
+            memory.renew()
             if self._reports:
                 reason = str(error).partition("\n")[0]
                 logging.getLogger(__name__).warning(
