@@ -58,6 +58,7 @@ def main() -> None:
             kv=chosen.kv,
             max_sequences=chosen.max_sequences,
             max_step_tokens=chosen.max_step_tokens,
+            warm_up=True,
         )
         with Engine(config=config) as engine:
             clock = StepClock()
