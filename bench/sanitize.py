@@ -7,9 +7,9 @@
 
 Run it without a tool first: machine code is kept on disk, so the tools find it made. Of errors of the driver's calls
 memcheck would name those with which cuda.bindings asks, when it is used first, for functions that the driver lacks
-(cuGetProcAddress_v2, 34 of them with CUDA 13.0); a call of Plexor's own that fails ends the run. Results are compared with the
-references on the CPU, so nothing but these kernels runs on the GPU. Each tensor is an allocation of its own, so that
-memcheck sees where it ends. `--kernel stream_linear` leaves out the other kernel. Kernels of coded weights:
+(cuGetProcAddress_v2, 34 of them with CUDA 13.0); a call of Plexor's own that fails ends the run. Results are compared
+with the references on the CPU, so nothing but these kernels runs on the GPU. Each tensor is an allocation of its own,
+so that memcheck sees its end. `--kernel stream_linear` leaves out the other kernel. Kernels of coded weights:
 `compute-sanitizer --tool memcheck python bench/coded.py --check`.
 """
 
