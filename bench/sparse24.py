@@ -1,6 +1,6 @@
 """Checks and times products with 2:4 weights on a GPU: `python bench/sparse24.py [--part few|many]`.
 
-few: at most 16 rows over streamed weights, checked in float64 and timed as the products of llama-3.1-8b's 32 layers,
+few: at most 32 rows over streamed weights, checked in float64 and timed as the products of llama-3.1-8b's 32 layers,
 one behind the other in one CUDA graph, each layer with weights of its own. many: widening, and the library's sparse
 product, which needs cuSPARSELt, beside its dense one.
 """
@@ -14,18 +14,20 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from plexor_quant.kernels.cuda.sparse24_products import Cut, stream, stream_program, widened
+from plexor_quant.kernels.cuda.sparse24_library import product as sparse_product
+from plexor_quant.kernels.cuda.sparse24_products import Cut, packed, stream, stream_program, widened
 from plexor_quant.rounding import round_e4m3
 from plexor_quant.sparse24_layout import compress, prune, widen
 
 BFLOAT16, FLOAT16, E4M3 = torch.bfloat16, torch.float16, torch.float8_e4m3fn
 LAYER = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
 NUM_LAYERS = 32
-ROWS = (1, 2, 4, 8, 16)
+ROWS = (1, 2, 8, 16, 32)
 CUTS = {
     BFLOAT16: (Cut(1, 8, 1, 2), Cut(1, 8, 2, 2), Cut(1, 8, 1, 3), Cut(1, 8, 2, 3), Cut(2, 8, 1, 2), Cut(1, 16, 1, 1)),
     E4M3: (Cut(1, 8, 2, 2), Cut(1, 8, 2, 3), Cut(1, 8, 4, 2), Cut(2, 8, 2, 2), Cut(1, 16, 2, 1)),
@@ -47,6 +49,8 @@ CHECKS = (
     (7, 832, 9000, BFLOAT16, E4M3),
     (16, 4096, 512, BFLOAT16, E4M3),
     (13, 320, 65, FLOAT16, E4M3),
+    (31, 4096, 4200, BFLOAT16, BFLOAT16),
+    (17, 192, 65, FLOAT16, E4M3),
 )
 VALID = (4, 8, 12, 9, 13, 14)
 
@@ -97,7 +101,7 @@ def few() -> None:
         print(f"{_name(kept)}, {size:.2f} GB in {NUM_LAYERS} layers; tiles, warps, chunks, blocks: ms, TB/s")
         for rows in ROWS:
             cells = []
-            for cut in CUTS[kept]:
+            for cut in _cuts(kept, rows):
                 ms = _microseconds(_chain, layers, rows, cut) / 1e3
                 cells.append(f"{cut.tiles} {cut.warps} {cut.chunks} {cut.blocks}: {ms:.3f} {size / ms:.2f}")
             print(f"  {rows} rows | {' | '.join(cells)}", flush=True)
@@ -109,21 +113,23 @@ def many() -> None:
         weight = prune(torch.randn(outputs, inputs, device="cuda") / inputs**0.5).to(BFLOAT16)
         kept, index = compress(weight)
         assert torch.equal(widened(kept, index), weight), "a widened weight is not the one that was compressed"
-        packed = torch._cslt_compress(weight)
+        theirs = torch._cslt_compress(weight)
+        assert torch.equal(packed(kept, index).flatten(), theirs.flatten()), "the library's layout is another one"
+        ours, library = _microseconds(packed, kept, index), _timed(torch._cslt_compress, weight)
         print(
-            f"{outputs} x {inputs}: widened in {_microseconds(widened, kept, index):.0f} us, compressed by the library "
-            f"in {_timed(torch._cslt_compress, weight):.0f} us"
+            f"{outputs} x {inputs}: widened in {_microseconds(widened, kept, index):.0f} us, packed in {ours:.0f} us, by "
+            f"the library in {library:.0f} us"
         )
         for rows in all_rows:
             x = torch.randn(rows, inputs, dtype=BFLOAT16, device="cuda")
             started = time.perf_counter()
-            best, *_ = torch._C._cusparselt.mm_search(packed, x.t(), None, None, None, True)
+            found = sparse_product(x, kept, index)  # looks for the best algorithm
             searched = time.perf_counter() - started
-            dense, sparse = _microseconds(torch.mm, x, weight.T), _microseconds(_sparse, packed, x, best)
-            error = (_sparse(packed, x, best).double() - x.double() @ weight.double().T).abs().max()
+            error = (found.double() - x.double() @ weight.double().T).abs().max()
+            dense, sparse = _microseconds(torch.mm, x, weight.T), _microseconds(sparse_product, x, kept, index)
             print(
-                f"  {rows} rows: dense {dense:.0f} us, sparse {sparse:.0f} us by algorithm {best}, found in "
-                f"{searched:.2f} s, off by {error:.3f}",
+                f"  {rows} rows: dense {dense:.0f} us, sparse with packing {sparse:.0f} us, first call {searched:.2f} "
+                f"s, off by {error:.3f}",
                 flush=True,
             )
             _print_e4m3(weight, x)
@@ -132,18 +138,27 @@ def many() -> None:
 def _print_e4m3(weight: Tensor, x: Tensor) -> None:
     codes, scale = round_e4m3(weight.float())
     codes_x, scale_x = round_e4m3(x)
-    packed = torch._cslt_compress(codes)
-    best, *_ = torch._C._cusparselt.mm_search(packed, codes_x.t(), None, None, BFLOAT16, True)
+    library: Any = torch._C._cusparselt
+    theirs = torch._cslt_compress(codes)
+    best, *_ = library.mm_search(theirs, codes_x.t(), None, None, BFLOAT16, True)
     dense = _microseconds(_scaled, codes_x, codes, scale_x, scale)
-    sparse = _microseconds(_sparse, packed, codes_x, best, BFLOAT16)
+    sparse = _microseconds(_sparse, theirs, codes_x, best, BFLOAT16)
     print(f"  {len(x)} rows of e4m3: dense {dense:.0f} us, sparse {sparse:.0f} us by algorithm {best}", flush=True)
 
 
 def _compile(shape: tuple[int, int, torch.dtype, torch.dtype]) -> None:
     rows, inputs, dtype, kept = shape
-    x = torch.empty(rows, inputs, dtype=dtype, device="cuda")  # a thread gets torch's context with its first tensor
-    for cut in CUTS[E4M3 if kept == E4M3 else BFLOAT16]:
+    x = torch.zeros(rows, inputs, dtype=dtype, device="cuda")
+    torch.cuda.synchronize()  # gives the thread torch's context
+    for cut in _cuts(kept, rows):
         stream_program(cut, x, kept)
+
+
+def _cuts(kept: torch.dtype, rows: int) -> tuple[Cut, ...]:
+    """With more than 16 rows sums of more weight rows would not fit."""
+    return (
+        CUTS[E4M3 if kept == E4M3 else BFLOAT16] if rows <= 16 else (Cut(1, 8, 1, 2), Cut(1, 8, 1, 1), Cut(1, 8, 2, 1))
+    )
 
 
 def _check(rows: int, inputs: int, outputs: int, dtype: torch.dtype, kept_dtype: torch.dtype) -> None:
@@ -155,7 +170,7 @@ def _check(rows: int, inputs: int, outputs: int, dtype: torch.dtype, kept_dtype:
         weight = Weight(codes, index, scale.squeeze(-1).contiguous())
     x = torch.randn(rows, inputs + 64, device="cuda").to(dtype)[:, :inputs]
     expected = x.double() @ weight.dense().T
-    for cut in CUTS[E4M3 if kept_dtype == E4M3 else BFLOAT16]:
+    for cut in _cuts(kept_dtype, rows):
         found = stream(x, weight.kept, weight.index, weight.scale, cut).double()
         excess = float(((found - expected).abs() - torch.finfo(dtype).eps * expected.abs()).nan_to_num(1e9).max())
         if excess > 1e-4:
@@ -181,8 +196,8 @@ def _chain(layers: Sequence[Sequence[Weight]], rows: int, cut: Cut) -> Tensor:
     return x
 
 
-def _sparse(packed: Tensor, x: Tensor, algorithm: int, dtype: torch.dtype | None = None) -> Tensor:
-    return torch._cslt_sparse_mm(packed, x.t(), out_dtype=dtype, transpose_result=True, alg_id=algorithm)
+def _sparse(weight: Tensor, x: Tensor, algorithm: int, dtype: torch.dtype | None = None) -> Tensor:
+    return torch._cslt_sparse_mm(weight, x.t(), out_dtype=dtype, transpose_result=True, alg_id=algorithm)
 
 
 def _scaled(x: Tensor, weight: Tensor, scale_x: Tensor, scale: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ from plexor_quant.rounding import E4M3_MAX, to_e4m3
 from plexor_quant.sparse24 import Sparse24Format, Sparse24Fp8Format
 from plexor_quant.sparse24_layout import prune
 
-# (tokens, in, out): none, one, an odd number of groups, sizes that no tensor core takes, around the 16 rows that are
-# streamed to, tiles of 32 outputs that are not full.
+# (tokens, in, out): none, one, an odd number of groups, sizes that no tensor core takes, around the 8, 16 and 32 rows
+# that kernels tell apart, tiles of 32 outputs that are not full, layouts of the library's.
 SIZES = (
     (0, 64, 32),
     (1, 256, 48),
@@ -28,7 +28,9 @@ SIZES = (
     (9, 2112, 80),
     (16, 128, 64),
     (17, 128, 96),
-    (40, 1280, 96),
+    (29, 448, 71),
+    (33, 128, 64),
+    (40, 1280, 192),
 )
 # (rows of each group, rows of no group, in, out)
 STACKS = (
@@ -39,7 +41,7 @@ STACKS = (
     ((0, 0), 4, 64, 32),
     ((1, 0, 2), 1, 40, 259),
 )
-UNROUNDED_ROWS = 16
+UNROUNDED_ROWS = 32
 """Up to so many rows a provider may leave activations as they are: only such as rounding keeps are drawn."""
 
 

@@ -11,19 +11,25 @@ from torch import Tensor
 
 from plexor.api import LINEAR_HEADER, Program, load_program, num_multiprocessors
 
-MAX_ROWS = 16
+MAX_ROWS = 32
 """Rows of x that are streamed to: with more, x takes more of the L2's bandwidth than the weight."""
 
 RESIDENT_BYTES = 96 << 10
 """Of x that a block of threads keeps in shared memory: two blocks share a multiprocessor's."""
 
 CHUNK = 64
+PACKED_ROWS = 64
+"""The library's layout has the index of so many rows together."""
+
 ALIGNMENT = 16
 _STREAM = Path(__file__).with_name("sparse24_linear.cu")
 _WIDEN = Path(__file__).with_name("sparse24_widen.cu")
-_WIDEN_THREADS = 256
-_WIDEN_BLOCKS = 8
-"""On a multiprocessor."""
+_PACK = Path(__file__).with_name("sparse24_pack.cu")
+_COPY_THREADS = 256
+_COPY_BLOCKS = 8
+"""On a multiprocessor, of kernels that put a weight into another layout."""
+_HEADER = {"HALF": 0, "EPILOGUE": 0, "NARROW": 0}
+"""What the header asks for and these kernels make no use of."""
 
 
 class StreamArguments(ctypes.Structure):
@@ -53,6 +59,17 @@ class WidenArguments(ctypes.Structure):
     )
 
 
+class PackArguments(ctypes.Structure):
+    """PackArguments of sparse24_pack.cu."""
+
+    _fields_ = (
+        ("index", ctypes.c_void_p),
+        ("packed", ctypes.c_void_p),
+        ("num_outputs", ctypes.c_int),
+        ("num_inputs", ctypes.c_int),
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Cut:
     """tiles: of 16 weight rows that a block of threads takes at once. warps: of a block. chunks: of 64 features that a
@@ -69,6 +86,8 @@ def cut_for(num_rows: int, itemsize: int) -> Cut:
     """Rows of x are shared by the weight rows of a block: more of these where there are many of those."""
     if num_rows <= 2:
         return Cut(1, 8, 4 // itemsize, 2)
+    if num_rows > 16:
+        return Cut(1, 8, 1, 2)
     return Cut(2, 8, 2 // itemsize, 2)
 
 
@@ -114,7 +133,7 @@ def stream_program(cut: Cut, x: Tensor, weight_dtype: torch.dtype) -> Program:
     resident = resident_bytes <= RESIDENT_BYTES
     defines = {
         "TILES_M": cut.tiles,
-        "TILES_N": 1 if num_rows <= 8 else 2,
+        "TILES_N": 1 if num_rows <= 8 else 2 if num_rows <= 16 else 4,
         "WARPS": cut.warps,
         "CHUNKS": cut.chunks,
         "BLOCKS": cut.blocks,
@@ -137,11 +156,32 @@ def widened(kept: Tensor, index: Tensor) -> Tensor:
     dense = kept.new_empty(num_outputs, 2 * num_kept)
     num_pieces = dense.numel() // 16
     arguments = WidenArguments(kept.data_ptr(), index.data_ptr(), dense.data_ptr(), num_pieces)
-    defines = {"SIZE": kept.element_size(), "HALF": 0, "EPILOGUE": 0, "NARROW": 0}
-    program = load_program((LINEAR_HEADER, _WIDEN), defines, _WIDEN_THREADS, 0)
-    num_blocks = min(-(-num_pieces // _WIDEN_THREADS), _WIDEN_BLOCKS * num_multiprocessors(kept))
-    program.launch(num_blocks, (arguments,))
+    program = load_program((LINEAR_HEADER, _WIDEN), {**_HEADER, "SIZE": kept.element_size()}, _COPY_THREADS, 0)
+    program.launch(_copy_blocks(num_pieces, kept), (arguments,))
     return dense
+
+
+def packs(x: Tensor, kept: Tensor, index: Tensor) -> bool:
+    """Whether `packed` takes them: K in multiples of 64, and N."""
+    return widens(x, kept, index) and kept.dtype == x.dtype and kept.shape[0] % PACKED_ROWS == 0
+
+
+def packed(kept: Tensor, index: Tensor) -> Tensor:
+    """kept [N, K / 2] of two bytes each and index [N, K / 8] as cuSPARSELt 0.8 has them one behind the other: the
+    numbers as they are, then the index in the order of sparse24_pack.cu, [N, K * 9 / 16].
+    """
+    num_outputs, num_kept = kept.shape
+    both = kept.new_empty(num_outputs * num_kept * 9 // 8)
+    numbers, order = both.split((kept.numel(), both.numel() - kept.numel()))
+    numbers.copy_(kept.view(-1))
+    arguments = PackArguments(index.data_ptr(), order.data_ptr(), num_outputs, 2 * num_kept)
+    program = load_program((LINEAR_HEADER, _PACK), _HEADER, _COPY_THREADS, 0)
+    program.launch(_copy_blocks(index.numel() // 16, kept), (arguments,))
+    return both.view(num_outputs, -1)
+
+
+def _copy_blocks(num_threads: int, tensor: Tensor) -> int:
+    return min(-(-num_threads // _COPY_THREADS), _COPY_BLOCKS * num_multiprocessors(tensor))
 
 
 def _lies_well(rows: Tensor) -> bool:

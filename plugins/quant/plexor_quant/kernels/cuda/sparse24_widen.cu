@@ -19,6 +19,7 @@ __device__ __forceinline__ u64 widen_group(u32 pair, u32 nibble) {
 
 extern "C" __global__ void __launch_bounds__(256) sparse24_widen(const __grid_constant__ WidenArguments a) {
   wait_for_previous_kernel();
+#pragma unroll 4
   for (long long piece = blockIdx.x * 256ll + threadIdx.x; piece < a.num_pieces; piece += gridDim.x * 256ll) {
     const u32 nibbles = a.index[piece];
 #if SIZE == 2
