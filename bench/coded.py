@@ -359,7 +359,8 @@ def main() -> None:
         sys.exit(1)
     for name in arguments.time or ():
         form = Form(name, 128 if name == "int4" else 0)
-        time_chain(form, 1, [Cut(blocks, 1, room) for blocks, room in every((1, 2, 4), (HALF, MOST))], descend=True)
+        sizes = ((2, 1, HALF), (1, 2, HALF), (2, 1, MOST), (1, 2, MOST), (2, 2, MOST), (4, 1, MOST), (2, 1, WHOLE))
+        time_chain(form, 1, [Cut(*size) for size in sizes], descend=True)
         for rows in (8, 16):
             few = [Cut(blocks, 1, room) for blocks, room in ((2, HALF), (2, WHOLE), (1, WHOLE))]
             time_chain(form, rows, [*few, Cut(2, 1, WHOLE, False), Cut(1, 1, WHOLE, False)], descend=False)

@@ -62,6 +62,7 @@ constexpr int SUMS = BLOCKS * TILES_N * 4 * 32;  // numbers in one warp's partia
 constexpr int BUFFERS = SUMS <= 128 ? 2 : 1;     // partial sums of two tiles, where there is room: one barrier less
 constexpr int OFFSET = CODE == E4M3 ? 0 : CODE == INT8 ? 128 : 8;
 constexpr int PARTS = 0 < GROUP && GROUP < SLICE ? SLICE / GROUP : 1;  // groups that a slice belongs to
+constexpr int CHAINS = PARTS == 1 && TILES_N == 1 ? 2 : 1;  // sums of a group, so that not each product waits for the last
 // 8 lanes prepare the 8 chunks of a unit: a row's k of one box. UNITS_EACH: those of a slice, for four such lanes.
 constexpr int UNITS = X_BOXES * X_ROWS;
 constexpr int UNITS_EACH = UNITS > 4 ? UNITS / 4 : 1;
@@ -377,7 +378,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + 2) * 32, PER_SM) stream_co
           for (int j = 0; j < CHUNKS; j++)  // columns without a row of x repeat another's: their products are dropped
             x[n][j] = load_shared(here + prepared_place(slice, (n * 8 + g) % X_ROWS, j, t));
 #if GROUP
-        float total[PARTS][BLOCKS][TILES_N][4] = {}, part_ones[PARTS][TILES_N][4] = {};
+        float total[CHAINS][PARTS][BLOCKS][TILES_N][4] = {}, part_ones[CHAINS][PARTS][TILES_N][4] = {};
 #endif
 #pragma unroll
         for (int m = 0; m < 2 * CHUNKS; m++) {
@@ -397,9 +398,10 @@ extern "C" __global__ void __launch_bounds__((WARPS + 2) * 32, PER_SM) stream_co
             for (int p = 0; p < PARTS; p++) {
               const bool is_in = PARTS == 1 || t * PARTS / 4 == p;
               const u32 y0 = is_in ? x0 : 0, y1 = is_in ? x1 : 0;
-              mma(part_ones[p][n], ONE, ONE, SECOND_ONE, SECOND_ONE, y0, y1);
+              mma(part_ones[m % CHAINS][p][n], ONE, ONE, SECOND_ONE, SECOND_ONE, y0, y1);
 #pragma unroll
-              for (int b = 0; b < BLOCKS; b++) mma(total[p][b][n], f[b][0], f[b][1], f[b][2], f[b][3], y0, y1);
+              for (int b = 0; b < BLOCKS; b++)
+                mma(total[m % CHAINS][p][b][n], f[b][0], f[b][1], f[b][2], f[b][3], y0, y1);
             }
 #else
             // Those of a resident x are the same for every tile.
@@ -427,7 +429,9 @@ extern "C" __global__ void __launch_bounds__((WARPS + 2) * 32, PER_SM) stream_co
             for (int n = 0; n < TILES_N; n++)
 #pragma unroll
               for (int e = 0; e < 4; e++) {
-                const float value = fmaf(e < 2 ? -low_zero : -high_zero, part_ones[p][n][e], total[p][b][n][e]);
+                float value = total[0][p][b][n][e], one = part_ones[0][p][n][e];
+                if (CHAINS == 2) value += total[CHAINS - 1][p][b][n][e], one += part_ones[CHAINS - 1][p][n][e];
+                value = fmaf(e < 2 ? -low_zero : -high_zero, one, value);
                 sums[b][n][e] = fmaf(e < 2 ? low_scale : high_scale, value, sums[b][n][e]);
               }
           }
