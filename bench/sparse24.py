@@ -117,8 +117,8 @@ def many() -> None:
         assert torch.equal(packed(kept, index).flatten(), theirs.flatten()), "the library's layout is another one"
         ours, library = _microseconds(packed, kept, index), _timed(torch._cslt_compress, weight)
         print(
-            f"{outputs} x {inputs}: widened in {_microseconds(widened, kept, index):.0f} us, packed in {ours:.0f} us, by "
-            f"the library in {library:.0f} us"
+            f"{outputs} x {inputs}: widened in {_microseconds(widened, kept, index):.0f} us, packed in {ours:.0f} us, "
+            f"by the library in {library:.0f} us"
         )
         for rows in all_rows:
             x = torch.randn(rows, inputs, dtype=BFLOAT16, device="cuda")
