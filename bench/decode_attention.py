@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from plexor.batch import LayerCache, Pages
+from plexor.kernels.cuda.attention_choice import Cut, cut_for
 from plexor.kernels.cuda.decode_attention import STORAGES as NUMBERED
-from plexor.kernels.cuda.decode_attention import Cut, compiled, cut_for
 from plexor.kernels.cuda.decode_attention import DecodeAttention as ClusterAttention
+from plexor.kernels.cuda.decode_attention import compiled
 from plexor.kernels.cuda.linear_add import LinearAdd
 from plexor.kernels.cuda.norm_rotary_linear import NormRotaryLinear
 from plexor.kernels.reference.kv_write import saturated

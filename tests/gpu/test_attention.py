@@ -1,6 +1,8 @@
-"""A captured launch of the decode kernel serves the lengths that it finds when it is replayed."""
+"""A captured launch of a decode kernel serves the lengths that it finds when it is replayed, and clusters are right."""
 
 from __future__ import annotations
+
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -9,21 +11,58 @@ from plexor.kernels.reference.paged_attention import paged_attention
 from plexor.kernels.samples import Maker, attention_sample
 from plexor.kernels.triton.paged_attention import PagedAttention
 
+LENGTHS = (0, 1, 15, 16, 17, 31, 33, 255, 256, 257, 5000)
+
+
+def attention(clusters: bool) -> PagedAttention:
+    """Triton's alone, or with clusters of blocks for few rows."""
+    if not clusters:
+        return PagedAttention()
+    if find_spec("cuda") is None or torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("clusters need cuda.bindings and compute capability 9.x")
+    from plexor.kernels.cuda.paged_attention import PagedAttention as ClusterAttention
+
+    return ClusterAttention()
+
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("storage", ["bf16", "e4m3", "int8"])
+@pytest.mark.parametrize(
+    ("warps", "cluster", "shifts", "least"), [(8, 16, 1, 1), (4, 8, 2, 1), (8, 4, 3, 4), (4, 2, 4, 1), (8, 1, 2, 8)]
+)
+@pytest.mark.parametrize("heads", [(32, 8, 128), (7, 1, 64), (6, 6, 128)], ids=str)
+def test_clusters_agree_however_they_are_cut(
+    storage: str, warps: int, cluster: int, shifts: int, least: int, heads: tuple[int, int, int]
+) -> None:
+    attention(clusters=True)
+    from bench import decode_attention
+
+    from plexor.kernels.cuda.attention_choice import Cut
+
+    dtype = decode_attention.STORAGES[storage]
+    cut = Cut(warps, cluster, shifts, 256 // (heads[2] * dtype.itemsize), least, 152)
+    for window in (None, 100):
+        for lengths in (LENGTHS, (257,)):
+            shared_out = Cut(cut.warps, cut.cluster, min(shifts, len(lengths)), cut.spread, cut.least, cut.registers)
+            assert decode_attention.worst(shared_out, dtype, heads, window, lengths) <= 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("clusters", [False, True])
 @pytest.mark.parametrize("warm", [True, False])
-def test_a_replay_reads_the_lengths_anew(warm: bool) -> None:
+def test_a_replay_reads_the_lengths_anew(warm: bool, clusters: bool) -> None:
     device, dtype = torch.device("cuda"), torch.bfloat16
     pieces = [(1, 5000), (1, 700), (1, 64), (1, 1), (1, 2100)]
     sample = attention_sample(Maker(device, dtype, 31), "", pieces, (8, 2, 128), None, dtype, num_decodes=5)
     q, cache, pages, scale, _ = sample.args
-    attend = PagedAttention()
+    attend = attention(clusters)
     if warm:
         attend(q, cache, pages, scale, None)
     else:
         # Compiled, but by a layer of its own: this one's counters are made while the graph is captured.
-        PagedAttention()(q, cache, pages, scale, None)
+        attention(clusters)(q, cache, pages, scale, None)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(3):

@@ -12,13 +12,16 @@
 // kernel writes. From then on a tile's keys are asked for as soon as the products with those of the tile before are
 // done, and its values likewise.
 //
-// A tile is SUB times 16 positions. Fragments are made of what a lane loads, 16 bytes at a time, without a
-// detour: any order of the features will do that is the same for both operands. Lane (g, t) holds
+// A tile is SUB times 16 positions. Fragments are made of what a lane loads, 16 bytes at a time, without a detour: any
+// order of the features will do that is the same for both operands. Eight lanes load a line of 128 bytes of a position,
+// so that a key is in two columns of an operand: its even groups of four chunks, and its odd ones. The rows 8 to 15 of
+// the queries, of which there are eight at most, meet the odd ones, and a score is the sum of two places of a fragment.
+// Lane (g, t) has, of each four positions of a tile,
 //
-//   keys     positions g and g + 8, chunks t, t + 4, ...    B operand of scores = queries keys^T
-//   queries  head g, the same chunks                        A operand, whose rows 8 to 15 are zero
-//   scores   head g, positions 2 t, 2 t + 1, and + 8        which is the B operand of out^T = values^T weights^T
-//   values   positions 2 t, 2 t + 1, and + 8, chunks g, g + 8    pairs of positions, picked from two registers, are its A
+//   keys     position g / 2, chunks 4 (g % 2) + t, + 8      B operand of scores = queries keys^T
+//   queries  head g, chunks t, + 8 (rows g); 4 + t, + 8     A operand
+//   scores   head g, position t                             which is the B operand of out^T = values^T weights^T
+//   values   position t, chunks g, + 8                      pairs of positions, picked from two registers, are its A
 //
 // The compiler is given: HEAD_SIZE (64 or 128), GROUP (at most 8), BLOCK_SIZE (a multiple of 16), STORAGE, HALF (q is
 // float16, otherwise bfloat16), WINDOWED, SUB, WARPS, CLUSTER, LEAST (tiles of a share at least), REGISTERS
@@ -31,11 +34,10 @@
 constexpr int BYTES = STORAGE == SAME ? 2 : 1;
 constexpr int ENTRY = HEAD_SIZE * BYTES;
 constexpr int TILE = 16 * SUB;
-constexpr int KEY_LOADS = ENTRY / 64;                 // of 16 bytes, of each position's key
-constexpr int VALUE_WORDS = ENTRY / 32;               // of each position's value
-constexpr int RUN = VALUE_WORDS >= 4 ? 16 / BYTES : 8;  // adjacent features of a value that a lane loads
-constexpr int QUERY_WORDS = HEAD_SIZE / 8;
-constexpr int PARTS = HEAD_SIZE / 16;  // groups of 16 features, 2 for each of 8 lanes g
+constexpr int WORDS = ENTRY / 32;                  // of a position's key or value that a lane loads
+constexpr int RUN = WORDS >= 4 ? 16 / BYTES : 8;   // features of a chunk
+constexpr int CHUNKS = HEAD_SIZE / 8 / RUN;        // that a lane loads
+constexpr int PARTS = HEAD_SIZE / 16;              // groups of 16 features, 2 for each of 8 lanes
 constexpr int THREADS = WARPS * 32;
 constexpr int NUMBERS = GROUP * HEAD_SIZE;  // of a row's result
 constexpr int PARTIAL_HALF = HALF || STORAGE != SAME;  // products are made of float16
@@ -74,8 +76,8 @@ struct Row {
 };
 
 struct Tile {
-  u32 keys[SUB][2][KEY_LOADS * 4];
-  u32 values[SUB][4][VALUE_WORDS];
+  u32 keys[SUB][4][WORDS];
+  u32 values[SUB][4][WORDS];
   float key_scales[SCALES];
   float value_scales[SCALES];
 };
@@ -207,39 +209,36 @@ struct Reader {
   // Positions from `lowest`, below `end`; what lies elsewhere stays as it is.
   template <bool FRESH>
   __device__ __forceinline__ void load_keys(Tile& tile, const int* blocks_of, int start, int lowest, int end) const {
-#pragma unroll
-    for (int s = 0; s < SUB; s++) {
-      const char* source = keys + entry(blocks_of, s, start) * entry_stride;
-#pragma unroll
-      for (int h = 0; h < 2; h++) {
-        const int position = start + 16 * s + 8 * h + g;
-        const bool there = position >= lowest && position < end;
-#pragma unroll
-        for (int i = 0; i < KEY_LOADS; i++)
-          load_words<FRESH>(tile.keys[s][h] + 4 * i, source + (8 * h + g) * entry_stride + 64 * i, there);
-      }
-    }
+    load<FRESH>(tile.keys, keys, g / 2, blocks_of, start, lowest, end);
     if (STORAGE == SCALED) load_scales(tile.key_scales, key_scales, blocks_of, start, lowest, end);
   }
 
   template <bool FRESH>
   __device__ __forceinline__ void load_values(Tile& tile, const int* blocks_of, int start, int lowest, int end) const {
+    load<FRESH>(tile.values, values, t, blocks_of, start, lowest, end);
+    if (STORAGE == SCALED) load_scales(tile.value_scales, value_scales, blocks_of, start, lowest, end);
+  }
+
+  // own: this lane's position of each four.
+  template <bool FRESH>
+  __device__ __forceinline__ void load(
+      u32 (*target)[4][WORDS], const char* entries, int own, const int* blocks_of, int start, int lowest,
+      int end) const {
 #pragma unroll
     for (int s = 0; s < SUB; s++) {
-      const char* source = values + entry(blocks_of, s, start) * entry_stride;
+      const char* source = entries + (entry(blocks_of, s, start) + own) * entry_stride;
 #pragma unroll
       for (int j = 0; j < 4; j++) {
-        const int offset = j / 2 * 8 + 2 * t + j % 2, position = start + 16 * s + offset;
+        const int position = start + 16 * s + 4 * j + own;
         const bool there = position >= lowest && position < end;
-        if (VALUE_WORDS == 2)
-          load_two_words<FRESH>(tile.values[s][j], source + offset * entry_stride, there);
+        if (WORDS == 2)
+          load_two_words<FRESH>(target[s][j], source + 4 * j * entry_stride, there);
         else
 #pragma unroll
-          for (int i = 0; i < VALUE_WORDS / 4; i++)
-            load_words<FRESH>(tile.values[s][j] + 4 * i, source + offset * entry_stride + 128 * i, there);
+          for (int i = 0; i < CHUNKS; i++)
+            load_words<FRESH>(target[s][j] + 4 * i, source + 4 * j * entry_stride + 128 * i, there);
       }
     }
-    if (STORAGE == SCALED) load_scales(tile.value_scales, value_scales, blocks_of, start, lowest, end);
   }
 
   __device__ __forceinline__ void load_scales(
@@ -260,75 +259,74 @@ struct Reader {
 #pragma unroll
       for (int j = 0; j < 4; j++)
 #pragma unroll
-        for (int i = 0; i < VALUE_WORDS; i++) tile.values[s][j][i] = 0;
+        for (int i = 0; i < WORDS; i++) tile.values[s][j][i] = 0;
   }
 };
 
 // Queries of head g as the first operand of the scores; gives what the scores are still to be multiplied by.
-__device__ __forceinline__ float load_queries(u32* queries, const u16* source, bool there, int t, float scale) {
+__device__ __forceinline__ float load_queries(
+    u32 (*queries)[CHUNKS][RUN / 2], const u16* source, bool there, int t, float scale) {
 #pragma unroll
-  for (int i = 0; i < QUERY_WORDS; i++) queries[i] = 0;
-  // A chunk of 16 bytes of a key is 32 of a query where the cache is narrow.
+  for (int odd = 0; odd < 2; odd++)
 #pragma unroll
-  for (int i = 0; i < QUERY_WORDS / 4; i++) {
-    const int chunk = BYTES == 2 ? t + 4 * i : 2 * (t + i / 2 * 4) + i % 2;
-    load_words<true>(queries + 4 * i, source + 8 * chunk, there);
-  }
+    for (int i = 0; i < CHUNKS; i++)
+#pragma unroll
+      for (int word = 0; word < RUN / 2; word += 4) {
+        u32* target = queries[odd][i] + word;
+        target[0] = target[1] = target[2] = target[3] = 0;
+        load_words<true>(target, source + (8 * i + 4 * odd + t) * RUN + 2 * word, there);
+      }
   if (HALF || STORAGE == SAME) return scale;
   // float16 is exact for the stored entries, but its range may be too small for queries: bring them below one.
+  u32* words = queries[0][0];
   float peak = 0;
 #pragma unroll
-  for (int i = 0; i < QUERY_WORDS; i++)
-    peak = fmaxf(peak, fmaxf(fabsf(__uint_as_float(queries[i] << 16)), fabsf(__uint_as_float(queries[i] & 0xffff0000u))));
+  for (int i = 0; i < HEAD_SIZE / 8; i++)
+    peak = fmaxf(peak, fmaxf(fabsf(__uint_as_float(words[i] << 16)), fabsf(__uint_as_float(words[i] & 0xffff0000u))));
   peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, 1));
   peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, 2));
   if (!(peak > 0)) peak = 1;
   const float inverse = 1 / peak;
 #pragma unroll
-  for (int i = 0; i < QUERY_WORDS; i++)
-    queries[i] = pack(__uint_as_float(queries[i] << 16) * inverse, __uint_as_float(queries[i] & 0xffff0000u) * inverse);
+  for (int i = 0; i < HEAD_SIZE / 8; i++)
+    words[i] = pack(__uint_as_float(words[i] << 16) * inverse, __uint_as_float(words[i] & 0xffff0000u) * inverse);
   return scale * peak;
 }
 
-// scores[s][h][e]: of head g with position 16 s + 8 h + 2 t + e, for e < 2.
-__device__ __forceinline__ void score(float (*scores)[2][4], const Tile& tile, const u32* queries) {
+// scores[s][j]: of head g with position 16 s + 4 j + t.
+__device__ __forceinline__ void score(
+    float (*scores)[4], const Tile& tile, const u32 (*queries)[CHUNKS][RUN / 2]) {
 #pragma unroll
   for (int s = 0; s < SUB; s++)
 #pragma unroll
-    for (int h = 0; h < 2; h++) {
-      float odd[4] = {};  // two shorter chains of dependent products
+    for (int j = 0; j < 4; j++) {
+      float sums[4] = {};
 #pragma unroll
-      for (int e = 0; e < 4; e++) scores[s][h][e] = 0;
+      for (int i = 0; i < CHUNKS; i++) {
+        const u32* words = tile.keys[s][j] + 4 * i;
+        const u32 *even = queries[0][i], *odd = queries[1][i];
 #pragma unroll
-      for (int i = 0; i < KEY_LOADS; i++) {
-        const u32* words = tile.keys[s][h] + 4 * i;
-        if (STORAGE == SAME) {
-          const u32* query = queries + 4 * i;
-          multiply(scores[s][h], query[0], 0, query[1], 0, words[0], words[1]);
-          multiply(odd, query[2], 0, query[3], 0, words[2], words[3]);
-        } else {
-#pragma unroll
-          for (int j = 0; j < 4; j++) {
-            const u32* query = queries + 8 * i + 2 * j;
-            u32 low, high;
-            widen_four(words[j], low, high);
-            multiply(j % 2 ? odd : scores[s][h], query[0], 0, query[1], 0, low, high);
-          }
+        for (int k = 0; k < RUN / 4; k++) {
+          u32 low, high;
+          if (STORAGE == SAME)
+            low = words[2 * k], high = words[2 * k + 1];
+          else
+            widen_four(words[k], low, high);
+          multiply(sums, even[2 * k], odd[2 * k], even[2 * k + 1], odd[2 * k + 1], low, high);
         }
       }
-#pragma unroll
-      for (int e = 0; e < 4; e++) scores[s][h][e] += odd[e];
+      scores[s][j] = sums[0] + sums[3];
     }
 }
 
 // sums[m]: of features 2 m and 2 m + 1 of those that lane g loads (rows g and g + 8), for heads 2 t and 2 t + 1.
-__device__ __forceinline__ void add_values(float (*sums)[4], const Tile& tile, const float (*weights)[2][4]) {
+__device__ __forceinline__ void add_values(float (*sums)[4], const Tile& tile, const float (*weights)[4]) {
 #pragma unroll
   for (int s = 0; s < SUB; s++) {
-    const u32 first = pack(weights[s][0][0], weights[s][0][1]), second = pack(weights[s][1][0], weights[s][1][1]);
-    const u32(*v)[VALUE_WORDS] = tile.values[s];
+    const u32 first = pack(weights[s][0], weights[s][1]), second = pack(weights[s][2], weights[s][3]);
+    const u32(*v)[WORDS] = tile.values[s];
 #pragma unroll
-    for (int i = 0; i < VALUE_WORDS; i++) {
+    for (int i = 0; i < WORDS; i++) {
       if (STORAGE == SAME) {
         multiply(sums[i], __byte_perm(v[0][i], v[1][i], 0x5410), __byte_perm(v[0][i], v[1][i], 0x7632),
                  __byte_perm(v[2][i], v[3][i], 0x5410), __byte_perm(v[2][i], v[3][i], 0x7632), first, second);
@@ -347,29 +345,27 @@ __device__ __forceinline__ void add_values(float (*sums)[4], const Tile& tile, c
 
 // Weights of the scores, in their place; best and mass (of this lane's positions) go on.
 __device__ __forceinline__ float weigh(
-    float (*scores)[2][4], const float* key_scales, const float* value_scales, const Row& row, int start, int t,
+    float (*scores)[4], const float* key_scales, const float* value_scales, const Row& row, int start, int t,
     float scale, float& best, float& mass) {
   float peak = best;
-  float inverse[SUB][2][2];
+  float inverse[SUB][4];
 #pragma unroll
   for (int s = 0; s < SUB; s++)
 #pragma unroll
-    for (int h = 0; h < 2; h++)
-#pragma unroll
-      for (int e = 0; e < 2; e++) {
-        const int offset = 16 * s + 8 * h + 2 * t + e, position = start + offset;
-        float x = scores[s][h][e] * scale;
-        if (STORAGE == SCALED) {
-          // A value's scale is in its weight: best is of the two together, so that float16 can hold the weights.
-          float faint = __shfl_sync(~0u, value_scales[s / 2], offset % 32);
-          faint = faint < FAINTEST ? FAINTEST : faint;
-          x = x * __shfl_sync(~0u, key_scales[s / 2], offset % 32) + __log2f(faint);
-          inverse[s][h][e] = __fdividef(1, faint);
-        }
-        x = position >= row.lowest && position < row.length ? x : __int_as_float(0xff800000);
-        scores[s][h][e] = x;
-        peak = fmaxf(peak, x);
+    for (int j = 0; j < 4; j++) {
+      const int offset = 16 * s + 4 * j + t, position = start + offset;
+      float x = scores[s][j] * scale;
+      if (STORAGE == SCALED) {
+        // A value's scale is in its weight: best is of the two together, so that float16 can hold the weights.
+        float faint = __shfl_sync(~0u, value_scales[s / 2], offset % 32);
+        faint = faint < FAINTEST ? FAINTEST : faint;
+        x = x * __shfl_sync(~0u, key_scales[s / 2], offset % 32) + __log2f(faint);
+        inverse[s][j] = __fdividef(1, faint);
       }
+      x = position >= row.lowest && position < row.length ? x : __int_as_float(0xff800000);
+      scores[s][j] = x;
+      peak = fmaxf(peak, x);
+    }
   peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, 1));
   peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, 2));
   const float fade = power_of_two(best - peak);
@@ -377,16 +373,14 @@ __device__ __forceinline__ float weigh(
 #pragma unroll
   for (int s = 0; s < SUB; s++)
 #pragma unroll
-    for (int h = 0; h < 2; h++)
-#pragma unroll
-      for (int e = 0; e < 2; e++) {
-        const float weight = power_of_two(scores[s][h][e] - peak);
-        scores[s][h][e] = weight;
-        if (STORAGE != SCALED)
-          mass += weight;
-        else if (weight != 0)  // unseen positions have any scale; NaN is not zero
-          mass += weight * inverse[s][h][e];
-      }
+    for (int j = 0; j < 4; j++) {
+      const float weight = power_of_two(scores[s][j] - peak);
+      scores[s][j] = weight;
+      if (STORAGE != SCALED)
+        mass += weight;
+      else if (weight != 0)  // unseen positions have any scale; NaN is not zero
+        mass += weight * inverse[s][j];
+    }
   best = peak;
   return fade;
 }
@@ -480,7 +474,7 @@ extern "C" __global__ void __maxnreg__(REGISTERS) decode_attention(const __grid_
   }
 
   Reader reader;
-  reader.keys = a.keys + (long long)kv_head * ENTRY + t * 16;
+  reader.keys = a.keys + (long long)kv_head * ENTRY + (4 * (g % 2) + t) * RUN * BYTES;
   reader.values = a.values + (long long)kv_head * ENTRY + g * RUN * BYTES;
   reader.key_scales = a.key_scales + kv_head;
   reader.value_scales = a.value_scales + kv_head;
@@ -519,7 +513,7 @@ extern "C" __global__ void __maxnreg__(REGISTERS) decode_attention(const __grid_
     }
     if (early) wait_for_others(cut);
     if (busy) {
-      u32 queries[QUERY_WORDS];
+      u32 queries[2][CHUNKS][RUN / 2];
       const u16* source = a.q + row.row * a.q_row_stride + (kv_head * GROUP + g) * a.q_head_stride;
       const float scale = load_queries(queries, source, g < GROUP, t, a.scale_log2);
       if (early && row.length - 1 >= start && row.length - 1 < start + TILE) {
@@ -531,7 +525,7 @@ extern "C" __global__ void __maxnreg__(REGISTERS) decode_attention(const __grid_
       while (true) {
         const int next = start + step;
         const bool more = next < stop_start;
-        float scores[SUB][2][4];
+        float scores[SUB][4];
         score(scores, tile, queries);
         float key_scales[SCALES];
 #pragma unroll

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -16,13 +15,10 @@ from cuda.bindings import driver
 from torch import Tensor
 
 from plexor.batch import LayerCache
-from plexor.kernels.cuda.attention_choice import HEAD_SIZES, MOST_GROUP
+from plexor.kernels.cuda.attention_choice import HEAD_SIZES, MOST_GROUP, Cut, cut_for
 from plexor.kernels.cuda.call import num_multiprocessors
 from plexor.kernels.cuda.program import LINEAR_HEADER, Program, checked, load_program
 from plexor.kernels.triton.attention import LOG2_E
-
-MOST_ROWS = 32
-"""Of a cluster: each lane of a warp knows one."""
 
 STORAGES = {torch.float8_e4m3fn: 1, torch.int8: 2}
 """Numbers of the storages in the kernel; any other is that of the queries, 0."""
@@ -51,33 +47,6 @@ class Decodes(ctypes.Structure):
         ("window", ctypes.c_int),
         ("scale_log2", ctypes.c_float),
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """How the work is cut up.
-
-    warps: of a block. cluster: blocks that share a KV head's rows. shifts: clusters of each KV head, which share the
-    rows out. spread: 16 positions, so many times, are a tile. least: tiles of a block at least. registers: of a thread
-    at most. fetch: bytes that each load brings into the L2, 0 for what it needs.
-    """
-
-    warps: int
-    cluster: int
-    shifts: int
-    spread: int
-    least: int
-    registers: int
-    fetch: int = 0
-
-
-def cut_for(num_rows: int, num_kv_heads: int, entry_bytes: int, num_processors: int) -> Cut:
-    """One block for each multiprocessor, in so few registers that it starts beside the product before it."""
-    cluster = 16
-    while cluster > 1 and cluster * num_kv_heads > num_processors:
-        cluster //= 2
-    shifts = max(1, min(num_processors // (cluster * num_kv_heads), num_rows), -(-num_rows // MOST_ROWS))
-    return Cut(8, cluster, shifts, max(1, 256 // entry_bytes), 1, 152)
 
 
 class DecodeAttention:
@@ -154,10 +123,8 @@ def compiled(device: int, cut: Cut, sizes: tuple[int, int, int], storage: int, h
         "REGISTERS": cut.registers,
         "FETCH": f'".L2::{cut.fetch}B"' if cut.fetch else '""',
     }
-    numbers = group * head_size
-    shared_bytes = 4 * cut.warps * numbers + 2 * numbers // 4 * 24 + 8 * cut.warps * group + 16
     sources = (LINEAR_HEADER, Path(__file__).with_name("decode_attention.cu"))
-    program = load_program(sources, defines, 32 * cut.warps, shared_bytes, cut.cluster)
+    program = load_program(sources, defines, 32 * cut.warps, cut.shared_bytes(head_size, group), cut.cluster)
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
     checked(driver.cuFuncSetAttribute(program.function, attribute, 1))
     return program

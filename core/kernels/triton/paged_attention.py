@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -9,12 +11,15 @@ from plexor.batch import LayerCache, Pages
 from plexor.kernels.triton.decode_attention import DecodeAttention
 from plexor.kernels.triton.prefill_attention import Pieces, prefill_attention
 
+AttendDecodes = Callable[[Tensor, LayerCache, Tensor, Tensor, float, int | None, Tensor], None]
+"""As DecodeAttention is called."""
+
 
 class PagedAttention:
-    """The attention of one layer."""
+    """The attention of one layer. decodes: what attends one-row sequences, if not Triton's kernel."""
 
-    def __init__(self) -> None:
-        self._decodes = DecodeAttention()
+    def __init__(self, decodes: AttendDecodes | None = None) -> None:
+        self._decodes: AttendDecodes = DecodeAttention() if decodes is None else decodes
 
     def __call__(self, q: Tensor, cache: LayerCache, pages: Pages, scale: float, window: int | None) -> Tensor:
         """As plexor.kernels.reference.paged_attention; scale > 0, the cache's entries [K, D] are contiguous."""

@@ -17,6 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from plexor.batch import LayerCache, Pages
+from plexor.extension.specs import Facts
+from plexor.kernels.cudnn.paged_attention import PagedAttention as LibraryAttention
+from plexor.kernels.cudnn.paged_attention import refuses
 from plexor.kernels.triton.paged_attention import PagedAttention
 
 Attend = Callable[[Tensor, LayerCache, Pages, float, int | None], Tensor]
@@ -82,14 +85,11 @@ def widen_kernel(
 
 
 class ScaledPagedAttention:
-    """The attention of one layer over a cache with "key_scales", "value_scales" [num_blocks, block_size, K].
+    """The attention of one layer over a cache with "key_scales", "value_scales" [num_blocks, block_size, K]."""
 
-    attend: what pieces of more than one row are given to, with a cache of the queries' dtype.
-    """
-
-    def __init__(self, attend: Attend | None = None) -> None:
+    def __init__(self) -> None:
         self._decodes = PagedAttention()
-        self._attend: Attend = PagedAttention() if attend is None else attend
+        self._pieces: Attend | None = None
 
     def __call__(self, q: Tensor, cache: LayerCache, pages: Pages, scale: float, window: int | None) -> Tensor:
         """As plexor.kernels.reference.paged_attention, an entry being its numbers times its scale; scale > 0, all parts
@@ -99,13 +99,24 @@ class ScaledPagedAttention:
         if num_decodes == pages.kv_length.shape[0]:
             return self._decodes(q, cache, pages, scale, window)
         copies = make_copies(pages, cache["keys"].shape[1])
-        attended = self._attend(q[num_decodes:], widened(cache, copies, q.dtype), copies.pages, scale, window)
+        if self._pieces is None:
+            self._pieces = attention_of_pieces(q)
+        attended = self._pieces(q[num_decodes:], widened(cache, copies, q.dtype), copies.pages, scale, window)
         if num_decodes == 0:
             return attended
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         self._decodes.attend_decodes(q, cache, pages, scale, window, out)
         out[num_decodes:] = attended
         return out
+
+
+def attention_of_pieces(q: Tensor) -> Attend:
+    """What attends pieces of more than one row over a cache of the queries' dtype: the library if it takes them."""
+    if q.device.type != "cuda" or q.dtype == torch.float32:
+        return PagedAttention()
+    dtype, capability = str(q.dtype).removeprefix("torch."), torch.cuda.get_device_capability(q.device)
+    facts = Facts(q.device.type, dtype, capability, dtype, {"head_size": q.shape[2]})
+    return LibraryAttention() if capability >= (9, 0) and refuses(facts) is None else PagedAttention()
 
 
 def make_copies(pages: Pages, block_size: int) -> Copies:

@@ -1,0 +1,75 @@
+"""What attends one-row sequences on the device at hand, and how it is cut up, told without importing what may lack."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+
+from plexor.extension.specs import Facts
+from plexor.kernels.triton.paged_attention import AttendDecodes
+
+HEAD_SIZES = (64, 128)
+MOST_GROUP = 8
+"""Query heads that share a KV head: those of a fragment."""
+
+
+MOST_ROWS = 32
+"""Of a cluster: each lane of a warp knows one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How the work is cut up.
+
+    warps: of a block. cluster: blocks that share a KV head's rows. shifts: clusters of each KV head, which share the
+    rows out. spread: 16 positions, so many times, are a tile. least: tiles of a block at least. registers: of a thread
+    at most. fetch: bytes that each load brings into the L2, 0 for what it needs.
+    """
+
+    warps: int
+    cluster: int
+    shifts: int
+    spread: int
+    least: int
+    registers: int
+    fetch: int = 0
+
+    def shared_bytes(self, head_size: int, group: int) -> int:
+        """Of a block: a part for each warp, what the cluster's parts are added up from, marks, and a barrier."""
+        numbers = group * head_size
+        return 4 * self.warps * numbers + 2 * numbers // 4 * 24 + 8 * self.warps * group + 16
+
+
+def cut_for(num_rows: int, num_kv_heads: int, entry_bytes: int, num_processors: int) -> Cut:
+    """One block for each multiprocessor, in so few registers that it starts beside the product before it."""
+    cluster = 16
+    while cluster > 1 and cluster * num_kv_heads > num_processors:
+        cluster //= 2
+    shifts = max(1, min(num_processors // (cluster * num_kv_heads), num_rows), -(-num_rows // MOST_ROWS))
+    return Cut(8, cluster, shifts, max(1, 256 // entry_bytes), 1, 152)
+
+
+def refuses(facts: Facts) -> str | None:
+    """The reason against clusters of blocks for heads of these sizes, or None."""
+    if facts.capability is not None and facts.capability[0] != 9:
+        return "is tuned for compute capability 9.x, this device has {}.{}".format(*facts.capability)
+    size = facts.shape.get("head_size", HEAD_SIZES[0])
+    if size not in HEAD_SIZES:
+        return f"takes heads of {HEAD_SIZES[0]} or {HEAD_SIZES[1]} features, not {size}"
+    group = facts.shape.get("num_heads", 1) // facts.shape.get("num_kv_heads", 1)
+    if group > MOST_GROUP:
+        return f"takes at most {MOST_GROUP} query heads for each KV head, not {group}"
+    if facts.device == "cuda" and find_spec("cuda") is None:
+        return "needs cuda.bindings, which comes with torch for CUDA: pip install cuda-bindings"
+    return None
+
+
+def decodes_here() -> AttendDecodes | None:
+    """Clusters of blocks for few rows where they can be launched; None leaves all rows to Triton."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9 or find_spec("cuda") is None:
+        return None
+    from plexor.kernels.cuda.paged_attention import Decodes
+
+    return Decodes()
