@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from plexor.kernels.cuda.program import LINEAR_HEADER, STREAM_HEADER, Program, load_program, tensor_map
     from plexor.kernels.cuda.refusal import refuses_tiles
     from plexor.kernels.cuda.tiled_layout import TiledCut, tiled_cut_for
-    from plexor.kernels.cuda.tiled_linear import TiledLinear, TiledScales
+    from plexor.kernels.cuda.tiled_linear import TiledLinear, TiledScales, lies_in_pairs
     from plexor.kernels.op import Sample
     from plexor.kernels.reference.paged_attention import dense_attention, sequence_entries, visible_positions
     from plexor.kernels.reference.rotary_kv_write import rotated
@@ -138,7 +138,7 @@ _HOMES = {
     "plexor.kernels.cuda.program": ("LINEAR_HEADER", "STREAM_HEADER", "Program", "load_program", "tensor_map"),
     "plexor.kernels.cuda.refusal": ("refuses_tiles",),
     "plexor.kernels.cuda.tiled_layout": ("TiledCut", "tiled_cut_for"),
-    "plexor.kernels.cuda.tiled_linear": ("TiledLinear", "TiledScales"),
+    "plexor.kernels.cuda.tiled_linear": ("TiledLinear", "TiledScales", "lies_in_pairs"),
     "plexor.kernels.op": ("Sample",),
     "plexor.kernels.reference.paged_attention": ("dense_attention", "sequence_entries", "visible_positions"),
     "plexor.kernels.reference.rotary_kv_write": ("rotated",),
@@ -288,6 +288,7 @@ __all__ = [
     "gated_product",
     "kv_storage",
     "launch_next",
+    "lies_in_pairs",
     "load_program",
     "normed_product",
     "num_multiprocessors",
