@@ -8,6 +8,7 @@ import pytest
 
 from plexor.kernels import tuning
 from plexor.kernels.cuda.choice import Cut, Stream, Wide, as_choice, choose, possible, rule
+from plexor.kernels.cuda.tiled_layout import TiledCut
 from plexor.kernels.tuning import Choice, Product
 
 QKV = Product("norm_rotary_linear", 6144, 4096, "bfloat16")
@@ -33,16 +34,21 @@ def test_tiles_of_few_rows_are_whole(num_rows: int, outputs: int, pair: int | No
     assert {cut.blocks for cut in cuts if isinstance(cut, Stream)} == blocks
 
 
-def test_more_rows_take_tiles_of_128_or_the_library() -> None:
+def test_more_rows_take_tiles_of_128_or_others_or_the_library() -> None:
     everything: tuple[Cut, ...] = (None, Wide(1), Wide(2))
-    assert possible(QKV, 17, 64) == possible(QKV, 256, None) == everything
-    assert possible(QKV, 257, 64) == possible(QKV, 64, 40) == (None,)
-    assert possible(Product("linear", 6208, 4096, "bfloat16"), 64, None) == (None,)
+    assert possible(QKV, 17, 64)[:3] == possible(QKV, 256, None)[:3] == everything
+    assert possible(QKV, 257, 64) == possible(QKV, 64, 20) == (None,)
+    assert TiledCut(96, 2) in possible(QKV, 17, 64)
+    uneven = possible(Product("linear", 6208, 4096, "bfloat16"), 64, None)
+    assert uneven[0] is None
+    assert {type(cut) for cut in uneven[1:]} == {TiledCut}
 
 
 def test_blocks_that_share_a_tile_have_inputs_each() -> None:
     """The second would add what it never multiplied."""
-    assert possible(Product("linear", 256, 64, "bfloat16"), 17, None) == (None, Wide(1))
+    cuts = possible(Product("linear", 256, 64, "bfloat16"), 17, None)
+    assert Wide(1) in cuts
+    assert not any(cut.split > 1 for cut in cuts if isinstance(cut, Wide | TiledCut))
     assert Wide(2) in possible(Product("linear", 256, 128, "bfloat16"), 17, None)
 
 
@@ -75,6 +81,7 @@ def test_nothing_fits_a_product_of_odd_outputs() -> None:
         (16, {"blocks": 2, "depth": 512}, Stream(2, 512)),
         (17, {"split": 1}, Wide(1)),
         (200, {"split": 2}, Wide(2)),
+        (64, {"outputs": 96, "split": 2, "share": 1}, TiledCut(96, 2)),
         (20, None, None),
     ],
 )

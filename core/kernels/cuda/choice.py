@@ -8,13 +8,14 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from itertools import product as every
 
+from plexor.kernels.cuda.tiled_layout import TiledCut
 from plexor.kernels.tuning import Choice, Choices, Product, find
 
 STREAM_ROWS = 16
 """The most rows that stream_linear takes."""
 
 WIDE_ROWS = 256
-"""The most rows that wide_linear takes."""
+"""The most rows that wide_linear takes, and tiled_linear here: the library multiplies more."""
 
 _GROUP = 64
 """Half of the weight rows of a tile of wide_linear, and the inputs that it takes at once."""
@@ -35,8 +36,27 @@ class Wide:
     split: int
 
 
-Cut = Stream | Wide | None
+Cut = Stream | Wide | TiledCut | None
 """None leaves the product to the library."""
+
+
+_TILED = tuple(
+    TiledCut(*numbers)
+    for numbers in (
+        (224, 1, 1),
+        (224, 1, 2),
+        (112, 1, 1),
+        (112, 1, 2),
+        (128, 1, 2),
+        (96, 2, 1),
+        (96, 2, 2),
+        (128, 2, 1),
+        (64, 1, 2),
+        (64, 2, 1),
+        (64, 2, 2),
+        (128, 4, 1),
+    )
+)
 
 
 def possible(product: Product, num_rows: int, pair: int | None) -> tuple[Cut, ...]:
@@ -48,10 +68,14 @@ def possible(product: Product, num_rows: int, pair: int | None) -> tuple[Cut, ..
     if num_rows <= STREAM_ROWS:
         whole = [blocks for blocks in (2, 1) if num_outputs % (16 * blocks) == (pair or 8 * blocks) % (8 * blocks) == 0]
         return tuple(Stream(blocks, depth) for blocks, depth in every(whole, (256, 512)))
-    if num_rows <= WIDE_ROWS and num_outputs % (2 * _GROUP) == (pair or _GROUP) % _GROUP == 0:
-        # Blocks that share a tile share out its inputs, and none may go without.
-        return (None, Wide(1), Wide(2)) if product.inputs >= 2 * _GROUP else (None, Wide(1))
-    return (None,)
+    if num_rows > WIDE_ROWS:
+        return (None,)
+    tiled = tuple(cut for cut in _TILED if cut.fits(num_rows, num_outputs, product.inputs // _GROUP, pair))
+    if num_outputs % (2 * _GROUP) or (pair or _GROUP) % _GROUP:
+        return (None, *tiled)
+    # Blocks that share a tile share out its inputs, and none may go without.
+    wide = (Wide(1), Wide(2)) if product.inputs >= 2 * _GROUP else (Wide(1),)
+    return (None, *wide, *tiled)
 
 
 def rule(product: Product, num_rows: int, pair: int | None, num_multiprocessors: int) -> Cut:

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from plexor.kernels.cuda.call import Call, num_multiprocessors
-from plexor.kernels.cuda.choice import WIDE_ROWS, Cut, Stream, choose
+from plexor.kernels.cuda.choice import WIDE_ROWS, Cut, Stream, Wide, choose
 from plexor.kernels.cuda.stream_linear import StreamLinear
+from plexor.kernels.cuda.tiled_layout import TiledCut
+from plexor.kernels.cuda.tiled_linear import TiledLinear, lies_in_pairs
 from plexor.kernels.cuda.wide_linear import WideLinear
 from plexor.kernels.triton.rms_norm import rms_norm
 from plexor.kernels.tuning import tuned
@@ -37,19 +39,24 @@ class Products:
         self._cuts: dict[tuple[int | None, ...], Cut] = {}
         self._stream = StreamLinear()
         self._wide = WideLinear()
+        self._tiled = TiledLinear()
 
     def run(self, call: Call | None) -> Tensor | None:
         """The call's y, on its way; None for a call that is better left to the library."""
         if call is None or not call.lies_well():
             return None
         cut = self._cut(call)
-        if cut is None:
+        if cut is None or (isinstance(cut, TiledCut) and not lies_in_pairs(call)):
             return None
         if isinstance(cut, Stream):
             self._stream.launch(call, cut)
             return call.y
         normed = call.x if call.norm is None else rms_norm(call.x, call.norm.gain, call.norm.eps)
-        self._wide.launch(replace(call, x=normed, norm=None), cut)
+        ready = replace(call, x=normed, norm=None)
+        if isinstance(cut, Wide):
+            self._wide.launch(ready, cut)
+        else:
+            self._tiled.launch(ready, cut)
         return call.y
 
     def _cut(self, call: Call) -> Cut:

@@ -42,8 +42,8 @@ class TiledLinear:
         self._weight_maps: dict[tuple[int, torch.Size, int, int], Any] = {}
 
     def launch(self, call: Call, tile: TiledCut, scales: TiledScales | None = None) -> None:
-        """Queue it on the current stream; call.norm must have been applied. x and weight are of one dtype that the
-        tensor cores take; y is bfloat16 or float16.
+        """Queue it on the current stream; call.norm must have been applied, and its operands lie in pairs. x and weight
+        are of one dtype that the tensor cores take; y is bfloat16 or float16.
         """
         assert call.norm is None
         assert call.x.dtype == call.weight.dtype
@@ -97,6 +97,12 @@ class TiledLinear:
             strides = (num_inputs, pair * num_inputs, distance * num_inputs, BOX)
             self._weight_maps[key] = tensor_map(weight, sizes, strides, (BOX, 8, 2, piece // 16, 1))
         return self._weight_maps[key]
+
+
+def lies_in_pairs(call: Call) -> bool:
+    """Whether bias and residual can be read two numbers at a time, as the kernel does."""
+    arguments = call.arguments
+    return not ((arguments.bias or 0) % 4 or (arguments.residual or 0) % 4 or arguments.residual_stride % 2)
 
 
 def _lies_in_eights(call: Call) -> bool:

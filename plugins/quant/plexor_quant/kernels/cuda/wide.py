@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from plexor.api import Call, TiledLinear, TiledScales, num_multiprocessors, tiled_cut_for
+from plexor.api import Call, TiledLinear, TiledScales, lies_in_pairs, num_multiprocessors, tiled_cut_for
 from plexor_quant.kernels.cuda.coded import CodedCall
 from plexor_quant.kernels.triton.round_rows import round_normed, round_rows
 
@@ -28,7 +28,7 @@ class WideCoded:
         """The call's y, on its way; None for sizes and places that the kernel does not take."""
         call, codes = coded.call, coded.codes
         num_outputs, num_inputs = codes.weight.shape
-        if num_inputs % _BOX or not takes_in_pairs(call):
+        if num_inputs % _BOX or not lies_in_pairs(call):
             return None
         sizes = (call.num_rows, num_outputs, num_inputs // _BOX, call.pair)
         cut = tiled_cut_for(*sizes, num_multiprocessors(call.x))
@@ -44,9 +44,3 @@ def rounded(call: Call, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if call.norm is None:
         return round_rows(call.x, dtype)
     return round_normed(call.x, call.norm.gain, call.norm.eps, dtype)
-
-
-def takes_in_pairs(call: Call) -> bool:
-    """Whether bias and residual can be read two numbers at a time."""
-    arguments = call.arguments
-    return not ((arguments.bias or 0) % 4 or (arguments.residual or 0) % 4 or arguments.residual_stride % 2)
