@@ -127,26 +127,26 @@ def compile_all(kernels: Iterable[tuple[Cut, torch.dtype, tuple[int, int, int], 
 
 
 def cluster_variants(chosen: Cut, num_rows: int) -> dict[str, Cut]:
-    """By name: blocks of a cluster, warps of a block, clusters of a KV head, bytes fetched around a load."""
+    """By name: blocks of a cluster, warps of a block, clusters of a KV head, registers, loads before the wait."""
+    n, half = num_rows, -(-num_rows // 2)
     shapes: tuple[tuple[int, int, int, int], ...]
     if num_rows > 16:
-        shapes = ((1, 8, 16, 0), (1, 8, 16, 128), (1, 8, 16, 256), (2, 4, 32, 256), (1, 4, 32, 256))
+        shapes = ((1, 8, 16, 168), (2, 8, 16, 255), (2, 4, 32, 152))
     elif num_rows == 1:
-        shapes = ((8, 8, 1, 0), (8, 8, 1, 256), (8, 4, 1, 256), (4, 4, 1, 0), (16, 4, 1, 256), (16, 8, 1, 128))
+        shapes = ((8, 8, 1, 152), (8, 4, 1, 152), (16, 8, 1, 152), (16, 4, 1, 152))
     else:
-        n, half = num_rows, -(-num_rows // 2)
-        shapes = ((8, 4, half, 0), (8, 4, half, 256), (4, 4, n, 0), (4, 4, n, 256), (4, 4, half, 256), (2, 8, n, 256))
-        shapes = (*shapes, (2, 4, n, 256), (8, 4, -(-n // 4), 256), (16, 4, 1, 256), (16, 8, 1, 256))
+        shapes = ((8, 4, half, 152), (4, 4, half, 152), (4, 4, n, 152), (2, 8, n, 152), (2, 4, n, 152), (1, 8, n, 152))
     return {
-        f"c{cluster} w{warps} s{shifts} f{fetch}": replace(
+        f"c{cluster} w{warps} s{shifts} r{registers}{'' if early else ' late'}": replace(
             chosen,
             cluster=cluster,
             warps=warps,
             shifts=max(shifts, -(-num_rows // 32)),
-            registers=128,
-            fetch=fetch if chosen.spread == 1 else min(fetch, 128),
+            registers=registers,
+            early=early,
         )
-        for cluster, warps, shifts, fetch in shapes
+        for cluster, warps, shifts, registers in shapes
+        for early in ((True, False) if num_rows <= 16 else (True,))
     }
 
 

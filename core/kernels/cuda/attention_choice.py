@@ -25,7 +25,8 @@ class Cut:
 
     warps: of a block. cluster: blocks that share a KV head's rows. shifts: clusters of each KV head, which share the
     rows out. spread: 16 positions, so many times, are a tile. least: tiles of a block at least. registers: of a thread
-    at most. fetch: bytes that each load brings into the L2, 0 for what it needs.
+    at most. early: whether tiles are asked for before the previous kernel has ended. fetch: bytes that each load brings
+    into the L2, 0 for what it needs.
     """
 
     warps: int
@@ -34,6 +35,7 @@ class Cut:
     spread: int
     least: int
     registers: int
+    early: bool = True
     fetch: int = 0
 
     def shared_bytes(self, head_size: int, group: int) -> int:

@@ -8,9 +8,9 @@
 // A row that one block has whole (1) is written by it. Of one that is cut (0, 2), each block sends its part to all, to
 // each the features that this one adds up: into its slot 1 where the row begins in its share, otherwise into slot 0.
 //
-// Before the previous kernel has ended, each warp has asked for its first tile but for the newest position, which that
-// kernel writes. From then on a tile's keys are asked for as soon as the products with those of the tile before are
-// done, and its values likewise.
+// If EARLY, each warp has asked for its first tile before the previous kernel has ended, but for the newest position,
+// which that kernel writes. From then on a tile's keys are asked for as soon as the products with those of the tile
+// before are done, and its values likewise.
 //
 // A tile is SUB times 16 positions. Fragments are made of what a lane loads, 16 bytes at a time, without a detour: any
 // order of the features will do that is the same for both operands. Eight lanes load a line of 128 bytes of a position,
@@ -24,8 +24,9 @@
 //   values   position t, chunks g, + 8                      pairs of positions, picked from two registers, are its A
 //
 // The compiler is given: HEAD_SIZE (64 or 128), GROUP (at most 8), BLOCK_SIZE (a multiple of 16), STORAGE, HALF (q is
-// float16, otherwise bfloat16), WINDOWED, SUB, WARPS, CLUSTER, LEAST (tiles of a share at least), REGISTERS
-// and FETCH (".L2::256B" brings as much into the L2 with each load).
+// float16, otherwise bfloat16), WINDOWED, SUB, WARPS, CLUSTER, LEAST (tiles of a share at least), REGISTERS,
+// EARLY (whether tiles are asked for before the previous kernel has ended) and FETCH (".L2::256B" brings as much into the
+// L2 with each load).
 
 #define SAME 0    // entries in the dtype of q
 #define FLOAT8 1  // float8_e4m3fn
@@ -483,8 +484,8 @@ extern "C" __global__ void __maxnreg__(REGISTERS) decode_attention(const __grid_
   reader.g = g, reader.t = t, reader.lane = lane;
 
   int tile_index = min(rank * share, num_tiles);
-  bool early = true;
-  if (tile_index == last) wait_for_others(cut);
+  bool early = EARLY;
+  if (!EARLY || tile_index == last) wait_for_others(cut);
   while (tile_index < last) {
     const int owner = __ffs(__ballot_sync(~0u, own_end > tile_index)) - 1;
     Row row;

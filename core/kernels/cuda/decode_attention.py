@@ -121,6 +121,7 @@ def compiled(device: int, cut: Cut, sizes: tuple[int, int, int], storage: int, h
         "CLUSTER": cut.cluster,
         "LEAST": cut.least,
         "REGISTERS": cut.registers,
+        "EARLY": cut.early,
         "FETCH": f'".L2::{cut.fetch}B"' if cut.fetch else '""',
     }
     sources = (LINEAR_HEADER, Path(__file__).with_name("decode_attention.cu"))
