@@ -147,6 +147,7 @@ class LinearWeight(nn.Module):
         """Put what a format made of some rows of a tensor, the first at `offset`, in its place."""
         kept = self._format.load(converted)
         for stored in self._storage:
+            assert offset % stored.rows == 0, f"parts of {stored.name!r} are whole blocks of {stored.rows} rows"
             value = kept[stored.name]
             if stored.out_axis is None:
                 self._check_shared(stored.name, value, view, group)

@@ -23,11 +23,11 @@ from plexor_quant.rounding import E4M3_MAX, SMALLEST_SCALE, to_e4m3
 class Fp8BlockFormat:
     """Keeps "weight" e4m3 [out, in] and "scale" float32 [ceil(out / rows), ceil(in / group_size)]; a LinearFormat.
 
-    rows: output features that share a scale; parts of a layer must be whole multiples of it. With 1 each row has
-    scales of its own. group_size: input features that share a scale, in the weight and in each token.
+    rows: output features that share a scale; parts of a layer must be whole multiples of it, so that dense weights are
+    rounded with 1. group_size: input features that share a scale, in the weight and in each token.
     """
 
-    rows: int = 128
+    rows: int = 1
     group_size: int = 128
 
     def __str__(self) -> str:

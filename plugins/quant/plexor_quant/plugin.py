@@ -63,6 +63,12 @@ def precisions() -> Iterable[Precision]:
         _int4_wo("int4_wo_g32", "groups_of_32", "in groups of 32 with a scale each"),
         _int4_wo("int4_wo_channel", "whole_rows", "with a scale for each output channel"),
         Precision(
+            name="fp8_block",
+            format="plexor_quant.fp8_block:Fp8BlockFormat",
+            summary="e4m3 weights in groups of 128 or, as stored, blocks with a scale each, e4m3 activations in groups",
+            needs="runs anywhere; half of bfloat16's memory",
+        ),
+        Precision(
             name="sparse24",
             format="plexor_quant.sparse24:Sparse24Format",
             summary="2:4 weights in the model's dtype, for models that were trained so",
@@ -75,7 +81,6 @@ def precisions() -> Iterable[Precision]:
             needs="runs anywhere; refuses weights that are not 2:4",
         ),
     )
-    offered = (*offered, *_stored_precisions())
     return tuple(_writable(each) if each.name in _WRITTEN else each for each in offered)
 
 
@@ -167,37 +172,6 @@ def _writable(precision: Precision) -> Precision:
         precision,
         written=f"plexor_quant.written.compressed_tensors:{precision.name}",
         calibrate=f"plexor_quant.calibration.precisions:{precision.name}",
-    )
-
-
-def _stored_precisions() -> tuple[Precision, ...]:
-    """Those that checkpoints come in; of them dense weights are only rounded to fp8_block."""
-    inputs = "one scale for all inputs of a layer, which the checkpoint brings"
-    return (
-        Precision(
-            name="fp8_block",
-            format="plexor_quant.fp8_block:Fp8BlockFormat",
-            summary="e4m3 weights in blocks of 128 x 128 with a scale each, e4m3 activations in groups of 128",
-            needs="runs anywhere; half of bfloat16's memory, not yet faster than it",
-        ),
-        Precision(
-            name="fp8_static",
-            format="plexor_quant.stored.scheme:static_fp8",
-            summary=f"e4m3 weights as in fp8, e4m3 activations with {inputs}",
-            needs="fast with bfloat16 activations from compute capability 8.9 on; elsewhere the exact reference runs",
-        ),
-        Precision(
-            name="int8_sq_static",
-            format="plexor_quant.stored.scheme:static_int8",
-            summary=f"int8 weights as in int8_sq, int8 activations with {inputs}",
-            needs="fast from compute capability 8.0 on for sizes in multiples of 8; elsewhere slow but exact",
-        ),
-        Precision(
-            name="w4a_fp8_static",
-            format="plexor_quant.stored.scheme:static_w4a_fp8",
-            summary=f"4-bit weights as in w4a_fp8, e4m3 activations with {inputs}",
-            needs="runs anywhere; a quarter of bfloat16's memory, not yet faster than it",
-        ),
     )
 
 

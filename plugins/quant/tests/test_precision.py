@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from plexor.api import ConfigError, KernelTable, LinearFormat, LinearShape, resolve
+from plexor.api import KernelTable, LinearFormat, LinearShape, resolve
 from plexor.testing.precision import Grid, check_precision
 from plexor_quant import plugin
 from plexor_quant.fp8 import Fp8Format, Fp8StaticFormat
@@ -157,14 +157,7 @@ def test_precisions_name_their_formats() -> None:
     named = {precision.name: precision.format for precision in plugin.precisions()}
     for name, (number_format, _) in zip(IDS, FORMATS, strict=True):
         assert resolve(named[name])() == number_format
-    assert resolve(named["fp8_block"])() == Fp8BlockFormat(128, 128)
-
-
-@pytest.mark.parametrize(("name", "instead"), [("fp8_static", "fp8"), ("int8_sq_static", "int8_sq")])
-def test_scales_of_inputs_are_asked_of_the_checkpoint(name: str, instead: str) -> None:
-    named = {precision.name: precision.format for precision in plugin.precisions()}
-    with pytest.raises(ConfigError, match=f"{name!r}.* use --precision {instead}"):
-        resolve(named[name])()
+    assert resolve(named["fp8_block"])() == Fp8BlockFormat(1, 128)
 
 
 def test_what_is_fused_knows_of_no_static_scale() -> None:

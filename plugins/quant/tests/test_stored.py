@@ -301,29 +301,29 @@ LAYOUTS = {
     "static fp8": Layout(
         {"quant_method": "fp8", "activation_scheme": "static"},
         float8(None, None, shape=(), static=True),
-        "fp8_static",
+        "fp8",
     ),
     "fp8 static": Layout(
         ct(weights("float", 8, "tensor"), "float-quantized", FLOAT8 | STATIC),
         float8(None, None, static=True),
-        "fp8_static",
+        "fp8",
     ),
     "w8a8 static": Layout(
-        ct(weights("int", 8, "channel"), "int-quantized", INT8 | STATIC), with_input_scale(int8), "int8_sq_static"
+        ct(weights("int", 8, "channel"), "int-quantized", INT8 | STATIC), with_input_scale(int8), "int8_sq"
     ),
     "w4a8 static": Layout(
         ct(weights("int", 4, "group", group_size=128), "pack-quantized", FLOAT8 | STATIC),
         with_input_scale(packed4(128, True)),
-        "w4a_fp8_static",
+        "w4a_fp8",
     ),
     "modelopt fp8": Layout(
-        {"quant_method": "modelopt", "quant_algo": "FP8"}, float8(None, None, shape=(), static=True), "fp8_static"
+        {"quant_method": "modelopt", "quant_algo": "FP8"}, float8(None, None, shape=(), static=True), "fp8"
     ),
     "modelopt fp8 channel": Layout(
         {"quant_method": "modelopt", "quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"}, float8(1, None, shape=(-1,)), "fp8"
     ),
     "modelopt w4a8": Layout(
-        {"quant_method": "modelopt", "quant_algo": "W4A8_AWQ", "group_size": 128}, modelopt4(True), "w4a_fp8_static"
+        {"quant_method": "modelopt", "quant_algo": "W4A8_AWQ", "group_size": 128}, modelopt4(True), "w4a_fp8"
     ),
     "modelopt w4a16": Layout(
         {"quant_method": "modelopt", "quant_algo": "W4A16_AWQ", "group_size": 128}, modelopt4(False), "int4_wo"
@@ -566,7 +566,7 @@ def test_one_scale_for_all_inputs_is_kept_where_the_parts_agree(plain: Path, tmp
     tensors = load_file(stored / "model.safetensors")
     tensors["model.layers.0.self_attn.k_proj.input_scale"] *= 2
     save_file(tensors, stored / "model.safetensors")
-    kept = dict(linears(load_model(stored, precision="fp8_static").module))
+    kept = dict(linears(load_model(stored, precision="fp8").module))
     assert str(kept["layers.0.attention.qkv"].format) == "fp8"
     assert str(kept["layers.1.attention.qkv"].format) == "fp8, static scale of the inputs"
 
@@ -719,7 +719,7 @@ def test_parts_in_orders_of_their_own_are_refused(plain: Path, tmp_path: Path) -
     ("given", "says"),
     [
         ("int4_w", "did you mean 'int4_wo'"),
-        ("fp8_static", "'fp8_static' rounds a layer's inputs with a scale that its checkpoint brings"),
+        ("fp8_blocks", "did you mean 'fp8_block'"),
     ],
 )
 def test_a_precision_that_cannot_be_had_is_refused_in_a_line(given: str, says: str, plain: Path) -> None:

@@ -99,17 +99,16 @@ def _check_formats(quantization: Mapping[str, Any], groups: list[Mapping[str, An
 
 
 def _precision_of(group: Mapping[str, Any]) -> str:
-    """By the numbers of weights and inputs; layers with zero points or an order are kept in a form of the same one."""
+    """By the numbers of weights and inputs; layers with more of their own (zero points, ...) are kept with it."""
     weights, inputs = group["weights"], _inputs_of(group)
     kind, bits, strategy = weights.get("type"), weights.get("num_bits"), weights.get("strategy")
-    static = "_static" if _is_static(group) else ""
     if (kind, bits) == ("float", 8) and inputs == "float8":
-        return f"fp8{static}" if strategy in WHOLE_ROWS else "fp8_block"
+        return "fp8" if strategy in WHOLE_ROWS else "fp8_block"
     if (kind, bits) == ("int", 4) and inputs != "int8":
         size = -1 if strategy in WHOLE_ROWS else weights.get("group_size")
-        return f"w4a_fp8{static}" if inputs == "float8" else INT4_GROUPS.get(size, "int4_wo")
+        return "w4a_fp8" if inputs == "float8" else INT4_GROUPS.get(size, "int4_wo")
     if (kind, bits) == ("int", 8) and strategy in WHOLE_ROWS and weights.get("symmetric", True):
-        return {"int8": f"int8_sq{static}", "as they are": "int8_wo"}.get(inputs, "dense")
+        return {"int8": "int8_sq", "as they are": "int8_wo"}.get(inputs, "dense")
     return "dense"
 
 

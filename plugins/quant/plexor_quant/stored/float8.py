@@ -25,10 +25,8 @@ def recognises(quantization: Mapping[str, Any]) -> bool:
 
 
 def precision(quantization: Mapping[str, Any]) -> str:
-    """By the block of a scale and by whether the inputs have one of their own."""
-    if quantization.get("weight_block_size") is not None:
-        return "fp8_block"
-    return "fp8_static" if _is_static(quantization) else "fp8"
+    """The one with scales of blocks, or of rows; layers with a static scale of their inputs are kept with it."""
+    return "fp8_block" if quantization.get("weight_block_size") is not None else "fp8"
 
 
 def _is_static(quantization: Mapping[str, Any]) -> bool:

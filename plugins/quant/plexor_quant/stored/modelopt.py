@@ -33,9 +33,9 @@ from plexor_quant.stored.source import (
 )
 
 PRECISIONS: Mapping[str, str] = {
-    "FP8": "fp8_static",
+    "FP8": "fp8",
     "FP8_PER_CHANNEL_PER_TOKEN": "fp8",
-    "W4A8_AWQ": "w4a_fp8_static",
+    "W4A8_AWQ": "w4a_fp8",
     "W4A16_AWQ": "int4_wo",
 }
 _UNUSED = ("input_scale", "k_scale", "v_scale", "weight_scale_2")

@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from plexor.api import CheckpointError, ConfigError, LinearFormat, TensorSource
+from plexor.api import CheckpointError, LinearFormat, TensorSource
 from plexor_quant.fp8 import Fp8Format, Fp8StaticFormat
 from plexor_quant.fp8_block import Fp8BlockFormat
 from plexor_quant.inputs import InputsFormat
@@ -116,28 +116,6 @@ class Scheme:
         return (Int8Format(),) if self.inputs.static is None else (Int8StaticFormat(self.inputs.static()), Int8Format())
 
 
-def static_fp8() -> LinearFormat:
-    """ConfigError: what fp8_static is without a checkpoint of it."""
-    raise _without_scales("fp8_static", "fp8")
-
-
-def static_int8() -> LinearFormat:
-    """As static_fp8."""
-    raise _without_scales("int8_sq_static", "int8_sq")
-
-
-def static_w4a_fp8() -> LinearFormat:
-    """As static_fp8."""
-    raise _without_scales("w4a_fp8_static", "w4a_fp8")
-
-
-def _without_scales(name: str, instead: str) -> ConfigError:
-    return ConfigError(
-        f"the precision {name!r} rounds a layer's inputs with a scale that its checkpoint brings, and this one is not "
-        f"stored so: use --precision {instead}"
-    )
-
-
 def static_scale(source: TensorSource, names: frozenset[str], name: str) -> Callable[[], float]:
     """Reads a scale of inputs; CheckpointError unless it is there and is one positive number."""
 
@@ -145,7 +123,7 @@ def static_scale(source: TensorSource, names: frozenset[str], name: str) -> Call
         if name not in names:
             raise CheckpointError(
                 f"{name!r} is missing, the scale of a layer's inputs that quantization_config of config.json promises: "
-                "download the checkpoint again, or give a --precision without static scales"
+                "download the checkpoint again, or use --precision dense"
             )
         info = source.info(name)
         if math.prod(info.shape) != 1 or not info.dtype.is_floating_point:
