@@ -80,8 +80,8 @@ class Facts:
 class Kernel:
     """One provider of an op, with the facts it can serve.
 
-    load: a function, or a class whose instances are called: each binding gets its own, which may keep what belongs to
-    one layer, such as its weight in another layout.
+    load: a function, or a class (or a functools.partial of one) whose instances are called: each binding gets its own,
+    which may keep what belongs to one layer, such as its weight in another layout.
     kv_dtypes: storage dtypes of the cache it reads or writes; a kernel never sees one that it does not list.
     refuses: gives a reason against given facts, or None; a Target of such a function where it needs heavy imports. It
     may not be used as an on/off switch.
