@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from itertools import product as every
 
 import torch
@@ -60,6 +61,7 @@ def tiled_layout(num_rows: int, cut: TiledCut) -> tuple[int, int, int]:
     return tokens, stages, stages * stage + exchanged
 
 
+@cache
 def instruction(columns: int, dtype: torch.dtype) -> str:
     """The body of a macro of d, a, b and adds: adds to the sums d, or replaces them by, the product of 64 rows, which
     the descriptor a names, and of so many columns, which b names, over 32 bytes.
@@ -86,6 +88,7 @@ def piece_rows(outputs: int, pair: int) -> int:
     return 2 * math.gcd(outputs // 2, pair)
 
 
+@cache
 def tiled_cut_for(
     num_rows: int, num_outputs: int, num_boxes: int, pair: int | None, num_multiprocessors: int
 ) -> TiledCut | None:
