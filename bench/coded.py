@@ -330,8 +330,8 @@ def time_chain(form: Form, rows: int, uniform: Sequence[Cut], descend: bool) -> 
 
 
 def short(cut: Cut) -> str:
-    """blocks/slices/room, and s where x is streamed."""
-    return f"{cut.blocks}/{cut.slices}/{cut.room}{'' if cut.resident else 's'}"
+    """blocks/slices/room, with s where x is streamed and w for 16 warps."""
+    return f"{cut.blocks}/{cut.slices}/{cut.room}{'' if cut.resident else 's'}{'w' if cut.warps == 16 else ''}"
 
 
 def time_one(form: Form, outputs: int, inputs: int, cuts: Sequence[Cut]) -> None:
@@ -360,7 +360,8 @@ def main() -> None:
     for name in arguments.time or ():
         form = Form(name, 128 if name == "int4" else 0)
         sizes = ((2, 1, HALF), (1, 2, HALF), (2, 1, MOST), (1, 2, MOST), (2, 2, MOST), (4, 1, MOST), (2, 1, WHOLE))
-        time_chain(form, 1, [Cut(*size) for size in sizes], descend=True)
+        cuts = [Cut(*size) for size in sizes] + [Cut(blocks, 1, MOST, True, 16) for blocks in (1, 2, 4)]
+        time_chain(form, 1, cuts, descend=True)
         for rows in (8, 16):
             few = [Cut(blocks, 1, room) for blocks, room in ((2, HALF), (2, WHOLE), (1, WHOLE))]
             time_chain(form, rows, [*few, Cut(2, 1, WHOLE, False), Cut(1, 1, WHOLE, False)], descend=False)

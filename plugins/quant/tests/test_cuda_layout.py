@@ -25,8 +25,8 @@ STATIC_BYTES, OWN_BYTES = 1024, 1024
 
 MULTIPROCESSOR = 228 * 1024
 CUTS = [
-    Cut(blocks, slices, room, resident)
-    for blocks, slices, room, resident in every((1, 2, 4), (1, 2), (HALF, MOST, WHOLE), (True, False))
+    Cut(blocks, slices, room, resident, warps)
+    for blocks, slices, room, resident, warps in every((1, 2, 4), (1, 2), (HALF, MOST, WHOLE), (True, False), (8, 16))
 ]
 
 
@@ -89,6 +89,7 @@ def test_shared_memory_is_divided_as_the_source_does(kind: int, group: int, zero
         num_possible += 1
         depth = layouts.depth(weight, cut)
         macros = {
+            "WARPS": cut.warps,
             "CODE": kind,
             "GROUP": layouts.group_of(weight),
             "COLUMNS": layouts.columns(rows),
@@ -100,7 +101,6 @@ def test_shared_memory_is_divided_as_the_source_does(kind: int, group: int, zero
             "HALF": 0,
         }
         known = constants(macros)
-        assert known["WARPS"] == layouts.WARPS
         assert known["SLICES"] == cut.slices
         assert known["STAGE_BYTES"] % 1024 == 0, "the swizzle counts from multiples of 1024 bytes"
         steps = -(-inputs // depth)

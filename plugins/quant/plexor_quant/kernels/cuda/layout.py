@@ -10,9 +10,6 @@ from torch import Tensor
 from plexor_quant.kernels.cuda.coded import CodedCall, Codes
 
 E4M3, INT8, INT4 = range(3)
-WARPS = 8
-"""Of a block of threads that multiply."""
-
 _MOST_STAGES = 16
 _MOST_BUFFERS = 16
 _SLICE = {E4M3: 64, INT8: 64, INT4: 128}
@@ -34,13 +31,14 @@ class Cut:
     """A way to multiply.
 
     blocks: a tile has 16 * blocks weight rows. slices: of a stage for each warp. room: KB of shared memory. resident: x
-    is brought once, not with each stage.
+    is brought once, not with each stage. warps: that multiply.
     """
 
     blocks: int
     slices: int = 1
     room: int = MOST
     resident: bool = True
+    warps: int = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +57,7 @@ def code_of(weight: Tensor) -> int:
 
 def depth(codes: Codes, cut: Cut) -> int:
     """Inputs of a stage."""
-    return _SLICE[code_of(codes.weight)] * WARPS * cut.slices
+    return _SLICE[code_of(codes.weight)] * cut.warps * cut.slices
 
 
 def group_of(codes: Codes) -> int:
@@ -84,12 +82,12 @@ def layout(coded: CodedCall, cut: Cut) -> Layout | None:
     taken, steps = depth(codes, cut), -(-num_inputs // depth(codes, cut))
     sums = cut.blocks * columns(num_rows) // 8 * 128
     pair = coded.call.pair or rows
-    if codes.weight.shape[0] % (2 * rows) or pair % rows or sums > 512 or not _groups_fit(codes, rows):
+    if codes.weight.shape[0] % (2 * rows) or pair % rows or sums > 64 * cut.warps or not _groups_fit(codes, rows):
         return None
     stage = 2 * rows * taken // (2 if codes.is_packed else 1)
     is_normed = coded.call.norm is not None
     x_bytes = x_rows(num_rows, cut) * taken * 2
-    sum_bytes = 4 * WARPS * ((2 if sums <= 128 else 1) * (sums + columns(num_rows)))
+    sum_bytes = 4 * cut.warps * ((2 if sums <= 128 else 1) * (sums + columns(num_rows)))
     scale_bytes = 2 * rows * codes.num_groups * (2 if codes.zero is None else 3) if group_of(codes) else 0
     least = 1024 * (_MORE if cut.room == HALF and is_normed else 0)
     most = max(1024 * cut.room, least)

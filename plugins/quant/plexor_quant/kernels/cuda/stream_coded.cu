@@ -24,7 +24,7 @@
 // taken off. x times a gain is rounded to half precision, as it is everywhere; in bfloat16 it is lifted by 2^80, so that
 // no product is lost below float32's range. What is left of the powers is in FACTOR.
 //
-// The compiler is given: CODE, GROUP (features that share a scale, 0: all of a row), ZEROS (zero points are stored),
+// The compiler is given: WARPS, CODE, GROUP (features that share a scale, 0: all of a row), ZEROS (zero points are stored),
 // COLUMNS (8 or 16), BLOCKS (ROWS = 8 * BLOCKS), DEPTH (k in a stage), RESIDENT, X_ROWS (rows of x that are kept), HALF
 // (1 for float16, 0 for bfloat16), NORM, EPILOGUE, NARROW (the cache holds float8_e4m3fn) and PER_SM (blocks of threads
 // that a multiprocessor must have registers for).
@@ -43,7 +43,6 @@ struct Codes {
   int buffers;                // GROUP: tiles whose scales fit
 };
 
-constexpr int WARPS = 8;
 constexpr int ROWS = 8 * BLOCKS;
 constexpr int TILES_N = COLUMNS / 8;
 constexpr int BOX = CODE == INT4 ? 256 : 128;  // k in 128 bytes, the width of a swizzled box

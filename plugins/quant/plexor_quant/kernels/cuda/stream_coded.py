@@ -19,7 +19,6 @@ from plexor_quant.kernels.cuda.coded import CodedCall
 from plexor_quant.kernels.cuda.layout import (
     HALF,
     MOST,
-    WARPS,
     WHOLE,
     Cut,
     Layout,
@@ -61,9 +60,9 @@ def rule(coded: CodedCall) -> Cut | None:
 
 def possible(coded: CodedCall) -> Iterator[Cut]:
     """Every cut of a product that can be."""
-    for blocks, slices, room, resident in every((1, 2, 4), (1, 2), (HALF, MOST, WHOLE), (True, False)):
-        cut = Cut(blocks, slices, room, resident)
-        if layout(coded, cut) is not None:
+    for blocks, slices, room, resident, warps in every((1, 2, 4), (1, 2), (HALF, MOST, WHOLE), (True, False), (8, 16)):
+        cut = Cut(blocks, slices, room, resident, warps)
+        if layout(coded, cut) is not None and not (room == HALF and warps == 16):  # which have too few registers
             yield cut
 
 
@@ -97,6 +96,7 @@ class StreamCoded:
         arguments.pair, arguments.stages, arguments.eps = pair, made.stages, 0.0 if norm is None else norm.eps
         taken, copied = depth(codes, cut), x_rows(num_rows, cut)
         defines = {
+            "WARPS": cut.warps,
             "CODE": code_of(codes.weight),
             "GROUP": group_of(codes),
             "ZEROS": codes.zero is not None,
@@ -111,7 +111,7 @@ class StreamCoded:
             "NARROW": call.narrow,
             "PER_SM": 2 if cut.room == HALF else 1,
         }
-        program = load_program(_SOURCES, defines, (WARPS + 2) * 32, made.num_bytes)
+        program = load_program(_SOURCES, defines, (cut.warps + 2) * 32, made.num_bytes)
         boxes, box_count = num_inputs // X_BOX, taken // X_BOX
         x_map = tensor_map(x, (X_BOX, num_rows, boxes), (x.stride(0), X_BOX), (X_BOX, copied, box_count))
         gain_map = x_map if norm is None else tensor_map(norm.gain, (X_BOX, boxes), (X_BOX,), (X_BOX, box_count))
