@@ -69,7 +69,8 @@ def load_queries(source, mask, scale, COMPUTE: tl.constexpr, UNIT: tl.constexpr)
 
     UNIT: float16 is exact for the stored entries, but its range may be too small for queries: bring them below one.
     """
-    queries = tl.load(source, mask=mask, other=0.0)
+    # Past the L1, which waiting for the previous kernel does not clear.
+    queries = tl.load(source, mask=mask, other=0.0, cache_modifier=".cg")
     scales = tl.full((queries.shape[0],), 1.0, dtype=tl.float32) * scale
     if UNIT:
         wide = queries.to(tl.float32)

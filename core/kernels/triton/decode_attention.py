@@ -57,11 +57,10 @@ def decode_tuning(num_rows: int, size: int, element_bytes: int) -> DecodeTuning:
     one tile each for many programs, in so little memory that they start beside the product before them. With many rows
     four programs on each multiprocessor keep the memory busy.
     """
-    wide = size * max(2, element_bytes)
     if num_rows <= FEW_ROWS:
-        tile = max(16, min(64, (16 << 10) // wide))
+        tile = max(16, min(64, (16 << 10) // (size * max(2, element_bytes))))
         return DecodeTuning(tile, warps=2, stages=1, registers=255, programs=4, least=tile, most=64, early=True)
-    tile = max(16, min(64, (8 << 10) // wide))
+    tile = max(16, min(64, (8 << 10) // (size * element_bytes)))
     return DecodeTuning(tile, warps=4, stages=3, registers=128, programs=4, least=128, most=32)
 
 
@@ -130,14 +129,14 @@ def attend(
         offset = next_offset
         seen = (start + lane < stop) & (start + lane >= lowest)
         inside = seen[:, None] & (feature < HEAD_SIZE)[None, :]
-        key = tl.load(keys + entry[:, None] + feature[None, :], mask=inside, other=0.0)
+        key = tl.load(keys + entry[:, None] + feature[None, :], mask=inside, other=0.0, cache_modifier=".cg")
         key = widened(key, False, COMPUTE)
-        value = tl.load(values + entry[:, None] + feature[None, :], mask=inside, other=0.0)
+        value = tl.load(values + entry[:, None] + feature[None, :], mask=inside, other=0.0, cache_modifier=".cg")
         value = widened(value, True, COMPUTE)
         scores = tl.dot(queries, tl.trans(key), input_precision="ieee") * scale[:, None]
         if SCALED:
-            key_scale = tl.load(key_scales + slot * scale_stride, mask=seen, other=0.0)
-            value_scale = tl.load(value_scales + slot * scale_stride, mask=seen, other=1.0)
+            key_scale = tl.load(key_scales + slot * scale_stride, mask=seen, other=0.0, cache_modifier=".cg")
+            value_scale = tl.load(value_scales + slot * scale_stride, mask=seen, other=1.0, cache_modifier=".cg")
             value_scale = tl.where(value_scale < FAINTEST, FAINTEST, value_scale)
             scores = scores * key_scale[None, :] + tl.log2(value_scale)[None, :]
         scores = tl.where(seen[None, :], scores, float("-inf"))
