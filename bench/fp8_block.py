@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from statistics import median
 
@@ -19,7 +20,9 @@ from torch.nn import functional
 from plexor_quant.fp8_block import Fp8BlockFormat
 from plexor_quant.kernels.reference.fp8_block_linear import fp8_block_linear as reference
 from plexor_quant.kernels.samples import on_grid
+from plexor_quant.kernels.torch.fp8_block_grouped_linear import fp8_block_grouped_linear as stack_widened
 from plexor_quant.kernels.torch.fp8_block_linear import fp8_block_linear as plain
+from plexor_quant.kernels.triton.fp8_block_grouped_linear import multiply as stacked
 from plexor_quant.kernels.triton.fp8_block_linear import TILES, Tile, fp8_block_linear, multiply, widened
 from plexor_quant.rounding import round_groups_e4m3
 
@@ -122,6 +125,29 @@ def time_all(rows_asked: list[int]) -> None:
         print(f"{rows} rows, us: " + ", ".join(f"{name} {us:.1f}" for name, us in best))
 
 
+def time_stack(rows_asked: list[int]) -> None:
+    """A stack as qwen3-30b-a3b's, 128 experts of which each token visits 8."""
+    torch.manual_seed(3)
+    weight = torch.randn(128, 1536, 2048, device=DEVICE) * 0.02
+    kept = [Fp8BlockFormat(128, 128).convert(part) for part in weight]
+    codes = torch.stack([stored["weight"].view(torch.uint8) for stored in kept]).view(torch.float8_e4m3fn)
+    scale = torch.stack([stored["scale"] for stored in kept])
+    for rows in rows_asked:
+        visits = torch.randint(0, 128, (8 * rows,), device=DEVICE)
+        ends = torch.bincount(visits, minlength=128).cumsum(0).int()
+        x = torch.randn(8 * rows, 2048, device=DEVICE, dtype=torch.bfloat16)
+        for name, by in (("codes", stacked), ("widened", stack_widened)):
+            run = partial(by, x, codes, scale, 128, 128, ends)
+            run()
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            for _ in range(10):
+                run()
+            end.record()
+            end.synchronize()
+            print(f"stack, {rows} tokens, {name}: {begin.elapsed_time(end) * 100:.1f} us")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=("check", "time"))
@@ -130,6 +156,7 @@ def main() -> int:
     if given.what == "check":
         return 1 if check() else 0
     time_all(given.rows)
+    time_stack([1, 16, 128, 256, 512])
     return 0
 
 

@@ -242,17 +242,23 @@ def _stored_kernels() -> tuple[Kernel, ...]:
         _kernel("w4a_fp8_static_linear", _CUDA, _BFLOAT16, capability=(8, 0), multiple=1),
         _kernel("w4a_fp8_static_grouped_linear", _CUDA, _BFLOAT16, capability=(8, 0), multiple=8),
         _kernel("fp8_block_linear", _CUDA, _BFLOAT16, capability=(8, 9), multiple=1),
-        Kernel(
-            op="fp8_block_linear",
-            provider="triton",
-            load="plexor_quant.kernels.triton.fp8_block_linear:fp8_block_linear",
-            devices=_CUDA,
-            dtypes=frozenset({"bfloat16", "float16"}),
-            capability=(8, 9),
-            priority=20,
-            refuses="plexor_quant.kernels.triton.fp8_block_linear:refuses",
-        ),
+        _on_blocks("fp8_block_linear", frozenset({"bfloat16", "float16"})),
+        _on_blocks("fp8_block_grouped_linear", _BFLOAT16),
         _kernel("fp8_block_grouped_linear", _CUDA, _BFLOAT16, capability=(8, 9), multiple=8),
+    )
+
+
+def _on_blocks(op: str, dtypes: frozenset[str]) -> Kernel:
+    """A Triton kernel that multiplies by e4m3 weights in blocks as they lie."""
+    return Kernel(
+        op=op,
+        provider="triton",
+        load=f"plexor_quant.kernels.triton.{op}:{op}",
+        devices=_CUDA,
+        dtypes=dtypes,
+        capability=(8, 9),
+        priority=20,
+        refuses="plexor_quant.kernels.triton.fp8_block_linear:refuses",
     )
 
 

@@ -43,15 +43,48 @@ TILES: tuple[Tile, ...] = (Tile(16, 16, 2, 8), Tile(64, 32, 4, 5), Tile(64, 64, 
 """The first that holds all rows serves them; the last any number."""
 
 
-_COMPUTE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-"""What the tensor cores multiply; Triton's interpreter has no products of bfloat16."""
+@triton.jit
+def multiply_tile(
+    x,
+    weight,
+    scale,
+    y,
+    first,
+    end,
+    num_outputs,
+    num_inputs,
+    stride,
+    num_groups,
+    block_rows,
+    group_size,
+    OUTPUTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """Rows of x from `first` on, not beyond `end`, times this program's output features of a weight."""
+    output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    row = first + tl.arange(0, ROWS)
+    feature = tl.arange(0, TILE_INPUTS)
+    is_output, is_row = output < num_outputs, row < end
+    codes = weight + output.to(tl.int64)[:, None] * num_inputs + feature[None, :]
+    inputs = x + row.to(tl.int64)[None, :] * stride + feature[:, None]
+    scales = scale + (output // block_rows) * num_groups
+    sums = tl.zeros((OUTPUTS, ROWS), dtype=tl.float32)
+    for start in range(0, num_inputs, TILE_INPUTS):
+        inside = start + feature < num_inputs
+        tile = tl.load(codes + start, mask=is_output[:, None] & inside[None, :], other=0.0)
+        part = tl.load(inputs + start, mask=inside[:, None] & is_row[None, :], other=0.0)
+        factor = tl.load(scales + start // group_size, mask=is_output, other=0.0)
+        sums += tl.dot(tile.to(COMPUTE), part.to(COMPUTE)) * factor[:, None]
+    places = y + row.to(tl.int64)[:, None] * num_outputs + output[None, :]
+    tl.store(places, tl.trans(sums).to(y.dtype.element_ty), mask=is_row[:, None] & is_output[None, :])
 
 
 # What differs between layers and steps, and makes no faster code when it is known.
-_ANY = ("num_rows", "num_groups", "block_rows")
+ANY = ("num_rows", "num_groups", "block_rows")
 
 
-@triton.jit(do_not_specialize=_ANY)
+@triton.jit(do_not_specialize=ANY)
 def multiply_kernel(
     x,
     weight,
@@ -70,23 +103,24 @@ def multiply_kernel(
     PDL: tl.constexpr,
 ):
     launch_next(PDL)
-    output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    feature = tl.arange(0, TILE_INPUTS)
-    is_output, is_row = output < num_outputs, row < num_rows
-    codes = weight + output.to(tl.int64)[:, None] * num_inputs + feature[None, :]
-    inputs = x + row.to(tl.int64)[None, :] * stride + feature[:, None]
-    scales = scale + (output // block_rows) * num_groups
-    sums = tl.zeros((OUTPUTS, ROWS), dtype=tl.float32)
     wait(PDL)
-    for start in range(0, num_inputs, TILE_INPUTS):
-        inside = start + feature < num_inputs
-        tile = tl.load(codes + start, mask=is_output[:, None] & inside[None, :], other=0.0)
-        part = tl.load(inputs + start, mask=inside[:, None] & is_row[None, :], other=0.0)
-        factor = tl.load(scales + start // group_size, mask=is_output, other=0.0)
-        sums += tl.dot(tile.to(COMPUTE), part.to(COMPUTE)) * factor[:, None]
-    places = y + row.to(tl.int64)[:, None] * num_outputs + output[None, :]
-    tl.store(places, tl.trans(sums).to(y.dtype.element_ty), mask=is_row[:, None] & is_output[None, :])
+    multiply_tile(
+        x,
+        weight,
+        scale,
+        y,
+        tl.program_id(1) * ROWS,
+        num_rows,
+        num_outputs,
+        num_inputs,
+        stride,
+        num_groups,
+        block_rows,
+        group_size,
+        OUTPUTS,
+        ROWS,
+        COMPUTE,
+    )
 
 
 @triton.jit
@@ -131,13 +165,20 @@ def multiply(x: Tensor, weight: Tensor, scale: Tensor, block_rows: int, group_si
             group_size,
             OUTPUTS=tile.outputs,
             ROWS=tile.rows,
-            COMPUTE=_COMPUTE[x.dtype] if x.is_cuda else tl.float32,
+            COMPUTE=compute_dtype(x),
             PDL=pdl,
             launch_pdl=pdl,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
     return y
+
+
+def compute_dtype(x: Tensor) -> tl.dtype:
+    """What the tensor cores multiply; Triton's interpreter has no products of bfloat16."""
+    if not x.is_cuda:
+        return tl.float32
+    return tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float16
 
 
 def widened(weight: Tensor, scale: Tensor, block_rows: int, group_size: int, dtype: torch.dtype) -> Tensor:
