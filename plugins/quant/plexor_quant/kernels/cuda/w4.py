@@ -49,7 +49,6 @@ class _Coded(ctypes.Structure):
         ("sums", ctypes.c_void_p),
         ("sum_stride", ctypes.c_int),
         ("num_groups", ctypes.c_int),
-        ("group_units", ctypes.c_int),
         ("share_rows", ctypes.c_int),
     )
 
@@ -213,6 +212,8 @@ def _defines(coded: CodedCall, cut: W4Cut) -> Mapping[str, int]:
         "SPLIT": cut.split,
         "SHARE": cut.share,
         "GROUP": unit(coded.codes),
+        "SPAN": 0 if coded.codes.num_groups == 1 else coded.codes.group_size // unit(coded.codes),
+        "ORDERED": cut.ordered,
         "E4M3": rounds(coded),
         "ZERO": sums_needed(coded, cut) is not None,
         "CODES": cut.widened,
@@ -224,7 +225,6 @@ def _defines(coded: CodedCall, cut: W4Cut) -> Mapping[str, int]:
 
 def _grid(codes: Codes, prepared: Prepared, pair: int) -> _Coded:
     grid = _Coded(scale=codes.scale.data_ptr(), num_groups=codes.num_groups, share_rows=share_rows(pair))
-    grid.group_units = _ONE_GROUP if codes.num_groups == 1 else codes.group_size // unit(codes)
     if prepared.scale is not None:
         grid.token_scale = prepared.scale.data_ptr()
     if codes.zero is not None and prepared.sums is not None:

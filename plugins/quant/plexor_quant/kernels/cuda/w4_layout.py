@@ -33,6 +33,7 @@ class W4Cut:
 
     columns: of a tile. parts: of a tile's columns, multiplied one behind the other. split: blocks that share a tile.
     share: blocks that share x. widened: whether weights are made e4m3 in memory first, and not again for each tile.
+    ordered: whether the two halves of a block multiply by turns.
     """
 
     columns: int
@@ -40,6 +41,7 @@ class W4Cut:
     split: int = 1
     share: int = 1
     widened: bool = False
+    ordered: bool = False
 
     def fits(self, num_outputs: int, num_inputs: int) -> bool:
         """Whether every block of every cluster has something to do."""

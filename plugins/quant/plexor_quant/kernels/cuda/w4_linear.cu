@@ -23,6 +23,8 @@
 //   SPLIT     blocks of a cluster that share a tile, each with a part of k: 1, 2 or 4
 //   SHARE     blocks of a cluster that share x, each with a tile of its own: 1 or 2
 //   GROUP     k of a sum that is scaled: 128, 64 or 32
+//   SPAN      such sums that share a scale; 0: all of a row's
+//   ORDERED   whether the warpgroups queue their products by turns, so that one multiplies while the other widens
 //   E4M3      x is e4m3 with a float32 scale for each row, else bfloat16, or with HALF float16
 //   HALF, EPILOGUE, NARROW   as in the core's wide_linear.cu
 //   ZERO      groups have zero points
@@ -72,7 +74,6 @@ struct Coded {
   const float* sums;          // ZERO: of x, [units, sum_stride]
   int sum_stride;
   int num_groups;
-  int group_units;  // units of GROUP k that share a scale
   int share_rows;   // between the first rows of the two warpgroups
 };
 
@@ -278,6 +279,24 @@ __device__ __forceinline__ void add_remote(float* sums, u32 address) {
   for (int i = 0; i < 4; i++) sums[i] += four[i];
 }
 
+// The warpgroups queue their products by turns.
+__device__ __forceinline__ void wait_for_turn(int group) {
+  asm volatile("bar.sync %0, %1;" ::"r"(4 + group), "n"(CONSUMERS) : "memory");
+}
+
+__device__ __forceinline__ void pass_turn(int group) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(4 + group), "n"(CONSUMERS) : "memory");
+}
+
+// Brings a tile's residuals into the L2 while it is multiplied: all blocks want theirs at about the same time.
+__device__ __forceinline__ void prefetch_residual(const Arguments& a, int column, int row) {
+#if EPILOGUE == ADD
+  const int m = column + threadIdx.x / 2;
+  const u16* residual = (const u16*)a.residual + m * a.residual_stride + row + threadIdx.x % 2 * a.pair;
+  if (threadIdx.x < 2 * COLUMNS && m < a.num_rows) asm volatile("prefetch.global.L2 [%0];" ::"l"(residual));
+#endif
+}
+
 // One thread of each warpgroup says that a stage has been read, to all blocks that write it.
 __device__ __forceinline__ void release(u32 barrier) {
 #if SHARE > 1
@@ -313,16 +332,20 @@ struct Grid {
   unsigned char zero[ZERO ? STAGE_UNITS : 1][2];
 };
 
+// row: where the first row's scales begin; pair: how much further the second's do.
 __device__ __forceinline__ void load_grid(Grid& grid, const Coded& c, int row, int pair, int box) {
 #pragma unroll
   for (int unit = 0; unit < STAGE_UNITS; unit++) {
-    const int group = min((box * STAGE_UNITS + unit) / c.group_units, c.num_groups - 1);
-    const long long first = (long long)row * c.num_groups + group, second = first + (long long)pair * c.num_groups;
+#if SPAN
+    const int first = row + min((box * STAGE_UNITS + unit) / SPAN, c.num_groups - 1);
+#else
+    const int first = row;
+#endif
     grid.scale[unit][0] = c.scale[first];
-    grid.scale[unit][1] = c.scale[second];
+    grid.scale[unit][1] = c.scale[first + pair];
 #if ZERO
     grid.zero[unit][0] = c.zero[first];
-    grid.zero[unit][1] = c.zero[second];
+    grid.zero[unit][1] = c.zero[first + pair];
 #endif
   }
 }
@@ -688,31 +711,32 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) w4_linear(
 #endif
     Grid grid, next_grid;
     const u32 group_rows = base + group * 64 * 128;
-    if (first_item < num_items)
-      load_grid(next_grid, c, row_of(tile_of(first_item, num_row_tiles, num_column_tiles, rank).row_tile, a) + row, a.pair,
-                first_box);
+    const int grid_pair = a.pair * c.num_groups;
+    int grid_row = (row_of(tile_of(first_item, num_row_tiles, num_column_tiles, rank).row_tile, a) + row) * c.num_groups;
+    load_grid(next_grid, c, grid_row, grid_pair, first_box);
+    if (ORDERED && group == 1) pass_turn(0);
     wait_for_previous_kernel();
     for (int item = first_item; item < num_items; item += item_step) {
       const Tile tile = tile_of(item, num_row_tiles, num_column_tiles, rank);
       const int first_row = row_of(tile.row_tile, a) + row;
 #pragma unroll
       for (int i = 0; i < TILES_N * 4; i++) totals[i] = 0.0f;
+      prefetch_residual(a, tile.column * COLUMNS, row_of(tile.row_tile, a));
+      const Tile next_tile = tile_of(min(item + item_step, num_items - 1), num_row_tiles, num_column_tiles, rank);
+      const int next_grid_row = (row_of(next_tile.row_tile, a) + row) * c.num_groups;
       barrier_wait(full + 8 * stage, phase);
       prepare_weights(weights[0], group_rows + stage * STAGE_BYTES, 0);
       for (int box = first_box; box < end_box; box++) {
         grid = next_grid;
-        if (box + 1 < end_box) {
-          load_grid(next_grid, c, first_row, a.pair, box + 1);
-        } else if (item + item_step < num_items) {
-          const Tile next = tile_of(item + item_step, num_row_tiles, num_column_tiles, rank);
-          load_grid(next_grid, c, row_of(next.row_tile, a) + row, a.pair, first_box);
-        }
+        const bool is_last = box + 1 == end_box;
+        load_grid(next_grid, c, is_last ? next_grid_row : grid_row, grid_pair, is_last ? first_box : box + 1);
         const u32 x = base + stage * STAGE_BYTES + WEIGHT_BYTES;
         const float* x_sums = (const float*)(ring + stage * STAGE_BYTES + WEIGHT_BYTES + X_BYTES);
         const int this_stage = stage;
         if (++stage == a.stages) stage = 0, phase ^= 1;
 #pragma unroll
         for (int step = 0; step < 2; step++) {
+          if (ORDERED) wait_for_turn(group);
           const u32 step_x = x + step * (STEP_K / BOX_K) * X_BOX_BYTES;
 #pragma unroll
           for (int u = 0; u < UNITS; u++) {
@@ -724,9 +748,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) w4_linear(
               multiply_unit(sums + p * PART_SUMS, weights[step], step_x + p * PART * 128, u);
             }
             if (u == UNITS - 1) {
+              if (ORDERED) pass_turn(group ^ 1);
               if (step == 0) {
                 prepare_weights(weights[1], group_rows + this_stage * STAGE_BYTES, 1);
-              } else if (box + 1 < end_box) {
+              } else if (!is_last) {
                 barrier_wait(full + 8 * stage, phase);
                 prepare_weights(weights[0], group_rows + stage * STAGE_BYTES, 0);
               }
@@ -741,6 +766,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) w4_linear(
           }
         }
       }
+      grid_row = next_grid_row;
 #if STAGED
       finish_staged(a, c, totals, tile.column * COLUMNS, row_of(tile.row_tile, a) + group * c.share_rows,
                     base + a.stages * STAGE_BYTES + group * STAGED_BYTES, group, warp % 4, lane);
@@ -751,6 +777,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) w4_linear(
       store_columns(columns, a, totals, column, first_row);
 #endif
     }
+    if (ORDERED && group == 0) wait_for_turn(0);  // which the other passes on at its end
 #if SPLIT > 1
     // The ring is drained: its memory holds each thread's totals for the other blocks of the cluster.
     constexpr int OWN = TILES_N / SPLIT;  // times eight columns that this block finishes
