@@ -24,6 +24,7 @@ from plexor.api import (
 )
 from plexor_quant.kernels.cuda.coded import Activations, CodedCall, Codes, codes_of
 from plexor_quant.kernels.cuda.products import CodedProducts, Many
+from plexor_quant.kernels.cuda.w4 import W4Linear
 from plexor_quant.kernels.reference import fp8_linear as reference_fp8
 from plexor_quant.kernels.reference import int4_wo_linear as reference_int4_wo
 from plexor_quant.kernels.reference import int8_linear as reference_int8
@@ -57,9 +58,9 @@ class CodedFormat:
 
 FP8 = CodedFormat(Activations.E4M3, torch_fp8.fp8_linear, reference_fp8.fp8_linear)
 INT8 = CodedFormat(Activations.INT8, torch_int8.int8_linear, reference_int8.int8_linear)
-W4A_FP8 = CodedFormat(Activations.E4M3, torch_w4a_fp8.w4a_fp8_linear, reference_w4a_fp8.w4a_fp8_linear)
+W4A_FP8 = CodedFormat(Activations.E4M3, torch_w4a_fp8.w4a_fp8_linear, reference_w4a_fp8.w4a_fp8_linear, W4Linear)
 INT8_WO = CodedFormat(Activations.AS_THEY_ARE, torch_int8_wo.int8_wo_linear, reference_int8_wo.int8_wo_linear)
-INT4_WO = CodedFormat(Activations.AS_THEY_ARE, torch_int4_wo.int4_wo_linear, reference_int4_wo.int4_wo_linear)
+INT4_WO = CodedFormat(Activations.AS_THEY_ARE, torch_int4_wo.int4_wo_linear, reference_int4_wo.int4_wo_linear, W4Linear)
 
 
 class _Layer:
