@@ -33,14 +33,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print a list of objects")
     add_model_options(parser)
     parser.epilog = (
-        "--precision and --kv take several formats with commas between, or 'all' for every installed one; "
-        "every row is compared with the first"
+        "--precision and --kv take several formats with commas between, or 'all' for every installed one that takes any "
+        "weights; every row is compared with the first"
     )
 
 
 def run(arguments: argparse.Namespace, catalog: Catalog) -> int:
     text = read_text(arguments.text)
-    precisions = _listed(arguments.precision, list(catalog.precisions))
+    precisions = _listed(arguments.precision, [name for name, spec in catalog.precisions.items() if not spec.selective])
     caches = _listed(arguments.kv, list(catalog.kv_formats))
     _look_up(catalog, precisions, caches)
     config = engine_config(arguments)

@@ -105,6 +105,7 @@ class Precision:
 
     format: `() -> LinearFormat` (see plexor.model.format).
     needs: a sentence about what hardware it is for, shown by `plexor explain`; empty if it runs anywhere.
+    selective: whether it takes only weights that were made for it, so that `plexor eval --precision all` leaves it out.
     written: `() -> WrittenFormat` (see plexor.model.written), how `plexor quantize` writes it; empty if it does not.
     calibrate: `(Decoder, Build, token_ids: Sequence[int], window: int, gain_dtype: torch.dtype) -> Calibration`: the
         dense float32 model, windows of this many tokens that follow one another, and the dtype in which gains of norms
@@ -115,6 +116,7 @@ class Precision:
     format: Target
     summary: str
     needs: str = ""
+    selective: bool = False
     written: Target = ""
     calibrate: Target = ""
 

@@ -114,6 +114,20 @@ def test_eval_against_another_checkpoint_puts_it_first_and_dense(
     assert (alike["agreement"], alike["mean_kl"], alike["loss"]) == (1, 0, first["loss"])
 
 
+def test_eval_of_all_precisions_leaves_out_what_takes_only_its_own_weights(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("a text to predict.")
+    given = ("--model", str(tiny), "--text", str(text), "--device", "cpu", "--precision", "all", "--json")
+    code, out, _ = run(capsys, "eval", *given)
+    assert code == 0
+    precisions = Catalog.load().precisions
+    taken = [name for name, spec in precisions.items() if not spec.selective]
+    assert [row["precision"] for row in json.loads(out)] == taken
+    assert len(taken) < len(precisions)
+
+
 def test_eval_of_one_format_compares_with_nothing(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -73,12 +73,14 @@ def precisions() -> Iterable[Precision]:
             format="plexor_quant.sparse24:Sparse24Format",
             summary="2:4 weights in the model's dtype, for models that were trained so",
             needs="runs anywhere; refuses weights that are not 2:4",
+            selective=True,
         ),
         Precision(
             name="sparse24_fp8",
             format="plexor_quant.sparse24:Sparse24Fp8Format",
             summary="2:4 weights in e4m3 with a scale for each output channel, e4m3 activations as in fp8",
             needs="runs anywhere; refuses weights that are not 2:4",
+            selective=True,
         ),
     )
     return tuple(_writable(each) if each.name in _WRITTEN else each for each in offered)
