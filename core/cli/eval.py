@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print a list of objects")
     add_model_options(parser)
     parser.epilog = (
-        "--precision and --kv take several formats with commas between, or 'all' for every installed one for any "
+        "--precision and --kv take several formats with commas between, or 'all' for those that take any "
         "weights; every row is compared with the first"
     )
 
