@@ -420,7 +420,7 @@ def time_long() -> None:
                 )
             if dtype == INT8:
                 variants["int_mm"] = lambda c=codes, w=weight: torch._int_mm(c, w.numbers.t())
-        with ThreadPoolExecutor(COMPILERS) as pool:
+        with ThreadPoolExecutor(COMPILERS, initializer=torch.cuda.set_device, initargs=(CUDA,)) as pool:
             list(pool.map(lambda run: run(), [run for title, run in variants.items() if " own/" in title]))
         shown = []
         for title, run in variants.items():

@@ -88,7 +88,8 @@ __device__ __forceinline__ u32 remote_address(u32 address, int rank) {
 }
 
 // If this thread is the one that speaks for its warpgroup: the stage may be filled again, for all that the team knows of
-// us. Without a branch, beside which the compiler would let no product of the next stage run.
+// us. Without a branch, beside which the compiler would let no product of the next stage run; and not with the cluster's
+// scope, which would wait for all that was written to be in memory, while only wgmma has read here, and has ended.
 __device__ __forceinline__ void release(u32 barrier, int team_rank, bool speaks) {
 #pragma unroll
   for (int i = 0; i < SHARE; i++)
@@ -98,7 +99,7 @@ __device__ __forceinline__ void release(u32 barrier, int team_rank, bool speaks)
         ".reg .b32 remote;\n"
         "setp.ne.b32 speaks, %2, 0;\n"
         "mapa.shared::cluster.u32 remote, %0, %1;\n"
-        "@speaks mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
+        "@speaks mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
         "}"
         ::"r"(barrier), "r"(team_rank + i), "r"((int)speaks)
         : "memory");
