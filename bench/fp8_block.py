@@ -44,18 +44,15 @@ def check() -> int:
     wrong, largest = 0, 0.0
     sizes = ((4096, 4096), (513, 400))
     for (out, size), rows, dtype in product(sizes, (1, 3, 16, 17, 64, 100, 256, 300), (torch.bfloat16, torch.float16)):
-        more = (*TILES, *MORE_TILES) if dtype == torch.bfloat16 and out == 4096 else ()
         weight = torch.randn(out, size, device=DEVICE) / size**0.5
         number_format = Fp8BlockFormat(128 if out % 2 == 0 else 1, 128)
         stored = number_format.convert(weight)
         x = on_grid(torch.randn(rows, size, device=DEVICE).to(dtype), 128)
         args = x, stored["weight"], stored["scale"], number_format.rows, 128
         expected = reference(*args).float()
-        results = [fp8_block_linear(*args), *(multiply(*args, tile) for tile in more)]
-        for result in results:
-            error = float(((result.float() - expected).abs() / (1 + expected.abs())).max())
-            largest = max(largest, error)
-            wrong += not error < 1.6e-2
+        error = float(((fp8_block_linear(*args).float() - expected).abs() / (1 + expected.abs())).max())
+        largest = max(largest, error)
+        wrong += not error < 1.6e-2
     print(f"{wrong} wrong; largest error {largest:.2g}")
     return wrong
 
