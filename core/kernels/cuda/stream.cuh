@@ -31,6 +31,11 @@ __device__ __forceinline__ uint4 load_shared(u32 address) {
   return v;
 }
 
+// Gives a stage back to the copy engine once its words have arrived. Loads under way do not hold up an arrival that nothing
+// ties to them, and the engine would overwrite what they read: `loaded` is of a word of each load, and `none` is 0, which
+// the compiler does not know.
+__device__ __forceinline__ void release(u32 barrier, u32 loaded, u32 none) { barrier_arrive(barrier + (loaded & none)); }
+
 __device__ __forceinline__ void mma(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
 #if HALF
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"

@@ -107,6 +107,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + 2) * 32, 1) stream_linear(
   // box of 64 k the 16-byte chunks 2 t and 2 t + 1: any order of k will do that is the same for both operands, and this
   // one meets no bank twice under the 128-byte swizzle.
   const int g = lane / 4, t = lane % 4;
+  const u32 none = (u32)a.num_rows >> 30;
   // The pair of numbers that this thread finishes in each tile: column `mine` of x, row g + 8 b of both groups.
   const int e = threadIdx.x / 32 % 2, n = threadIdx.x / 64 % TILES_N, b = threadIdx.x / 64 / TILES_N;
   const int index = ((b * TILES_N + n) * 4 + e) * 32 + lane, mine = n * 8 + t * 2 + e;
@@ -124,6 +125,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + 2) * 32, 1) stream_linear(
       barrier_wait(full + 8 * stage, phase);
       if (RESIDENT) barrier_wait(arrived + 8 * step, 0);
       const u32 weights = base + stage * STAGE_BYTES, place = RESIDENT ? step : stage;
+      u32 loaded = 0;
 #pragma unroll
       for (int u = 0; u < DEPTH / 256; u++) {
         const int box = (u * WARPS + warp) / 2, chunk = 2 * t + warp % 2;
@@ -134,10 +136,12 @@ extern "C" __global__ void __launch_bounds__((WARPS + 2) * 32, 1) stream_linear(
           // Columns without a row of x repeat another's: their products are dropped.
           const u32 row = box * X_ROWS + (n * 8 + g) % X_ROWS, shift = RESIDENT ? step * BOXES * X_ROWS : 0;
           x[n] = load_shared(x_base + place * x_stride + row * 128 + (chunk ^ (row + shift) % 8) * 16);
+          loaded ^= x[n].x;
         }
 #if NORM
         const u32 gain_row = box + (RESIDENT ? num_steps * BOXES * X_ROWS + step * BOXES : 0);
         const uint4 gain = load_shared(gain_base + place * gain_stride + box * 128 + (chunk ^ gain_row % 8) * 16);
+        loaded ^= gain.x;
 #pragma unroll
         for (int n = 0; n < TILES_N; n++) {
           square[n] = square_all(square[n], x[n]);
@@ -151,6 +155,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + 2) * 32, 1) stream_linear(
         for (int b = 0; b < BLOCKS; b++) {
           const u32 source = weights + box * ROWS * 128 + b * 1024 + swizzled;
           const uint4 low = load_shared(source), high = load_shared(source + BOXES * ROWS * 128);
+          loaded ^= low.x ^ high.x;
 #pragma unroll
           for (int n = 0; n < TILES_N; n++) {
             mma(sums[b][n], low.x, high.x, low.y, high.y, x[n].x, x[n].y);
@@ -159,7 +164,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + 2) * 32, 1) stream_linear(
         }
       }
       __syncwarp();
-      if (lane == 0) barrier_arrive(empty + 8 * stage);
+      if (lane == 0) release(empty + 8 * stage, loaded, none);
       if (++stage == a.stages) stage = 0, phase ^= 1;
     }
 #pragma unroll

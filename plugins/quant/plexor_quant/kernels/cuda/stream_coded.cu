@@ -316,6 +316,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + 2) * 32, PER_SM) stream_co
   // t-th quarter of a slice's k: any order of k will do that is the same for both operands. Fragment row g is row `own` of
   // eight in shared memory, so that the 16 bytes that eight lanes load together lie in different banks.
   const int g = lane / 4, t = lane % 4, own = g % 2 * 4 + g / 2;
+  const u32 none = (u32)a.num_rows >> 30;
   // The pair of numbers that this thread finishes in each tile: column `mine` of x, row own + 8 b of both groups.
   const int e = threadIdx.x / 32 % 2, n = threadIdx.x / 64 % TILES_N, b = threadIdx.x / 64 / TILES_N;
   const int index = ((b * TILES_N + n) * 4 + e) * 32 + lane, mine = n * 8 + t * 2 + e;
@@ -360,6 +361,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + 2) * 32, PER_SM) stream_co
     for (int step = 0; step < num_steps; step++) {
       barrier_wait(full + 8 * stage, phase);
       const u32 weights = base + stage * STAGE_BYTES, here = x_base + (RESIDENT ? step : stage) * x_stride;
+      u32 loaded = 0;
       if (!RESIDENT) prepare_stage(here, here + X_BYTES, square);
 #pragma unroll
       for (int u = 0; u < SLICES; u++) {
@@ -370,12 +372,15 @@ extern "C" __global__ void __launch_bounds__((WARPS + 2) * 32, PER_SM) stream_co
         for (int b = 0; b < BLOCKS; b++) {
           low[b] = load_shared(source + b * 1024);
           high[b] = load_shared(source + b * 1024 + BOXES * ROWS * 128);
+          loaded ^= low[b].x ^ high[b].x;
         }
 #pragma unroll
         for (int n = 0; n < TILES_N; n++)
 #pragma unroll
-          for (int j = 0; j < CHUNKS; j++)  // columns without a row of x repeat another's: their products are dropped
+          for (int j = 0; j < CHUNKS; j++) {  // columns without a row of x repeat another's: their products are dropped
             x[n][j] = load_shared(here + prepared_place(slice, (n * 8 + g) % X_ROWS, j, t));
+            if (!RESIDENT) loaded ^= x[n][j].x;
+          }
 #if GROUP
         float total[CHAINS][PARTS][BLOCKS][TILES_N][4] = {}, part_ones[CHAINS][PARTS][TILES_N][4] = {};
 #endif
@@ -439,11 +444,14 @@ extern "C" __global__ void __launch_bounds__((WARPS + 2) * 32, PER_SM) stream_co
       }
       if (!RESIDENT) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // the copy engine writes here next
       __syncwarp();
-      if (lane == 0) barrier_arrive(empty + 8 * stage);
+      if (lane == 0) release(empty + 8 * stage, loaded, none);
       if (++stage == a.stages) stage = 0, phase ^= 1;
     }
     if (GROUP) {
-      if (lane == 0) barrier_arrive(scales_empty + 8 * buffer);
+      u32 loaded = 0;  // the last sums follow from the last scales
+#pragma unroll
+      for (int b = 0; b < BLOCKS; b++) loaded ^= __float_as_uint(sums[b][0][0]) ^ __float_as_uint(sums[b][0][2]);
+      if (lane == 0) release(scales_empty + 8 * buffer, loaded, none);
       if (++buffer == codes.buffers) buffer = 0, buffer_phase ^= 1;
     }
 #pragma unroll
