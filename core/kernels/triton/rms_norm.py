@@ -29,9 +29,9 @@ def rms_norm_kernel(
     feature = tl.arange(0, WIDTH)
     inside = (row < num_rows)[:, None] & (feature < hidden)[None, :]
     source = (row // num_inner).to(tl.int64) * outer_stride + (row % num_inner).to(tl.int64) * inner_stride
-    gain = tl.load(weight + feature, mask=feature < hidden, other=0.0).to(tl.float32)
     launch_next(PDL)
     wait(PDL)
+    gain = tl.load(weight + feature, mask=feature < hidden, other=0.0).to(tl.float32)
     wide = tl.load(x + source[:, None] + feature[None, :], mask=inside, other=0.0).to(tl.float32)
     mean_square = tl.sum(wide * wide, axis=1) / hidden
     rounded = (wide * tl.rsqrt(mean_square + eps)[:, None]).to(x.dtype.element_ty).to(tl.float32)
