@@ -59,6 +59,12 @@ def kernels() -> Iterable[Kernel]:
             _triton_on_cache("paged_attention", _refuses_attention),
             load="plexor.kernels.triton.paged_attention:PagedAttention",
         ),
+        replace(
+            _cuda("paged_attention", "PagedAttention"),
+            kv_dtypes=frozenset({"float16", "bfloat16", "float8_e4m3fn"}),
+            priority=15,
+            refuses="plexor.kernels.cuda.attention_choice:refuses",
+        ),
         Kernel(
             op="paged_attention",
             provider="cudnn",

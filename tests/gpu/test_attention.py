@@ -29,11 +29,11 @@ def attention(clusters: bool) -> PagedAttention:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 @pytest.mark.parametrize("storage", ["bf16", "e4m3", "int8"])
 @pytest.mark.parametrize(
-    ("warps", "cluster", "shifts", "least"), [(8, 16, 1, 1), (4, 8, 2, 1), (8, 4, 3, 4), (4, 2, 4, 1), (8, 1, 2, 8)]
+    ("warps", "cluster", "shifts"), [(8, 16, 1), (8, 8, 2), (4, 8, 2), (8, 4, 3), (4, 2, 4), (8, 1, 2)]
 )
 @pytest.mark.parametrize("heads", [(32, 8, 128), (7, 1, 64), (6, 6, 128)], ids=str)
 def test_clusters_agree_however_they_are_cut(
-    storage: str, warps: int, cluster: int, shifts: int, least: int, heads: tuple[int, int, int]
+    storage: str, warps: int, cluster: int, shifts: int, heads: tuple[int, int, int]
 ) -> None:
     attention(clusters=True)
     from bench import decode_attention
@@ -41,11 +41,11 @@ def test_clusters_agree_however_they_are_cut(
     from plexor.kernels.cuda.attention_choice import Cut
 
     dtype = decode_attention.STORAGES[storage]
-    cut = Cut(warps, cluster, shifts, 256 // (heads[2] * dtype.itemsize), least, 152)
+    spread = 256 // (heads[2] * dtype.itemsize)
     for window in (None, 100):
         for lengths in (LENGTHS, (257,)):
-            shared_out = Cut(cut.warps, cut.cluster, min(shifts, len(lengths)), cut.spread, cut.least, cut.registers)
-            assert decode_attention.worst(shared_out, dtype, heads, window, lengths) <= 1
+            cut = Cut(warps, cluster, min(shifts, len(lengths)), spread, 152)
+            assert decode_attention.worst(cut, dtype, heads, window, lengths) <= 1
 
 
 @pytest.mark.gpu

@@ -24,19 +24,14 @@ class Cut:
     """How the work is cut up.
 
     warps: of a block. cluster: blocks that share a KV head's rows. shifts: clusters of each KV head, which share the
-    rows out. spread: 16 positions, so many times, are a tile. least: tiles of a block at least. registers: of a thread
-    at most. early: whether tiles are asked for before the previous kernel has ended. fetch: bytes that each load brings
-    into the L2, 0 for what it needs.
+    rows out. spread: 16 positions, so many times, are a tile. registers: of a thread at most.
     """
 
     warps: int
     cluster: int
     shifts: int
     spread: int
-    least: int
     registers: int
-    early: bool = True
-    fetch: int = 0
 
     def shared_bytes(self, head_size: int, group: int) -> int:
         """Of a block: a part for each warp, what the cluster's parts are added up from, marks, and a barrier."""
@@ -44,13 +39,16 @@ class Cut:
         return 4 * self.warps * numbers + 2 * numbers // 4 * 24 + 8 * self.warps * group + 16
 
 
-def cut_for(num_rows: int, num_kv_heads: int, entry_bytes: int, num_processors: int) -> Cut:
-    """One block for each multiprocessor, in so few registers that it starts beside the product before it."""
+def cut_for(num_rows: int, num_kv_heads: int, entry_bytes: int) -> Cut:
+    """As measured on an H200 for 8 KV heads (bench/NOTES.md), with as many blocks for other numbers of them.
+
+    Two rows share a cluster, so that a long one beside a short one has more than its half of the blocks.
+    """
+    blocks = 64 if num_rows <= 8 else 32
     cluster = 16
-    while cluster > 1 and cluster * num_kv_heads > num_processors:
+    while cluster > 1 and cluster * num_kv_heads > blocks:
         cluster //= 2
-    shifts = max(1, min(num_processors // (cluster * num_kv_heads), num_rows), -(-num_rows // MOST_ROWS))
-    return Cut(8, cluster, shifts, max(1, 256 // entry_bytes), 1, 152)
+    return Cut(8 if num_rows == 1 else 4, cluster, -(-num_rows // 2), max(1, 256 // entry_bytes), 152)
 
 
 def refuses(facts: Facts) -> str | None:

@@ -8,9 +8,7 @@
 // A row that one block has whole (1) is written by it. Of one that is cut (0, 2), each block sends its part to all, to
 // each the features that this one adds up: into its slot 1 where the row begins in its share, otherwise into slot 0.
 //
-// If EARLY, each warp has asked for its first tile before the previous kernel has ended, but for the newest position,
-// which that kernel writes. From then on a tile's keys are asked for as soon as the products with those of the tile
-// before are done, and its values likewise.
+// A tile's keys are asked for as soon as the products with those of the tile before are done, and its values likewise.
 //
 // A tile is SUB times 16 positions. Fragments are made of what a lane loads, 16 bytes at a time, without a detour: any
 // order of the features will do that is the same for both operands. Eight lanes load a line of 128 bytes of a position,
@@ -24,9 +22,7 @@
 //   values   position t, chunks g, + 8                      pairs of positions, picked from two registers, are its A
 //
 // The compiler is given: HEAD_SIZE (64 or 128), GROUP (at most 8), BLOCK_SIZE (a multiple of 16), STORAGE, HALF (q is
-// float16, otherwise bfloat16), WINDOWED, SUB, WARPS, CLUSTER, LEAST (tiles of a share at least), REGISTERS,
-// EARLY (whether tiles are asked for before the previous kernel has ended) and FETCH (".L2::256B" brings as much into the
-// L2 with each load).
+// float16, otherwise bfloat16), WINDOWED, SUB, WARPS, CLUSTER and REGISTERS.
 
 #define SAME 0    // entries in the dtype of q
 #define FLOAT8 1  // float8_e4m3fn
@@ -83,47 +79,31 @@ struct Tile {
   float value_scales[SCALES];
 };
 
-// What is not there stays as it is. FRESH: of what the previous kernel wrote, past the first cache; all else without a
-// place there, but not past it: the second cache answers loads of that kind slower.
-template <bool FRESH>
+// Past the L1, which waiting for the previous kernel does not clear. What is not there stays as it is.
 __device__ __forceinline__ void load_words(u32* target, const void* source, bool there) {
-#define LOAD(kind)                                                     \
-  asm volatile(                                                        \
-      "{\n"                                                            \
-      ".reg .pred there;\n"                                            \
-      "setp.ne.b32 there, %5, 0;\n"                                    \
-      "@there ld.global" kind ".v4.u32 {%0, %1, %2, %3}, [%4];\n"      \
-      "}"                                                              \
-      : "+r"(target[0]), "+r"(target[1]), "+r"(target[2]), "+r"(target[3]) \
-      : "l"(source), "r"((int)there)                                   \
-      : "memory")
-  if (FRESH)
-    LOAD(".cg");
-  else
-    LOAD(".L1::no_allocate" FETCH);
-#undef LOAD
+  asm volatile(
+      "{\n"
+      ".reg .pred there;\n"
+      "setp.ne.b32 there, %5, 0;\n"
+      "@there ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+      "}"
+      : "+r"(target[0]), "+r"(target[1]), "+r"(target[2]), "+r"(target[3])
+      : "l"(source), "r"((int)there)
+      : "memory");
 }
 
-template <bool FRESH>
 __device__ __forceinline__ void load_two_words(u32* target, const void* source, bool there) {
-#define LOAD(kind)                                                \
-  asm volatile(                                                   \
-      "{\n"                                                       \
-      ".reg .pred there;\n"                                       \
-      "setp.ne.b32 there, %3, 0;\n"                               \
-      "@there ld.global" kind ".v2.u32 {%0, %1}, [%2];\n"         \
-      "}"                                                         \
-      : "+r"(target[0]), "+r"(target[1])                          \
-      : "l"(source), "r"((int)there)                              \
-      : "memory")
-  if (FRESH)
-    LOAD(".cg");
-  else
-    LOAD(".L1::no_allocate" FETCH);
-#undef LOAD
+  asm volatile(
+      "{\n"
+      ".reg .pred there;\n"
+      "setp.ne.b32 there, %3, 0;\n"
+      "@there ld.global.cg.v2.u32 {%0, %1}, [%2];\n"
+      "}"
+      : "+r"(target[0]), "+r"(target[1])
+      : "l"(source), "r"((int)there)
+      : "memory");
 }
 
-// Past the first cache: a line holds scales of several positions.
 __device__ __forceinline__ void load_scale(float& target, const float* source, bool there) {
   asm volatile(
       "{\n"
@@ -208,20 +188,17 @@ struct Reader {
   }
 
   // Positions from `lowest`, below `end`; what lies elsewhere stays as it is.
-  template <bool FRESH>
   __device__ __forceinline__ void load_keys(Tile& tile, const int* blocks_of, int start, int lowest, int end) const {
-    load<FRESH>(tile.keys, keys, g / 2, blocks_of, start, lowest, end);
+    load(tile.keys, keys, g / 2, blocks_of, start, lowest, end);
     if (STORAGE == SCALED) load_scales(tile.key_scales, key_scales, blocks_of, start, lowest, end);
   }
 
-  template <bool FRESH>
   __device__ __forceinline__ void load_values(Tile& tile, const int* blocks_of, int start, int lowest, int end) const {
-    load<FRESH>(tile.values, values, t, blocks_of, start, lowest, end);
+    load(tile.values, values, t, blocks_of, start, lowest, end);
     if (STORAGE == SCALED) load_scales(tile.value_scales, value_scales, blocks_of, start, lowest, end);
   }
 
   // own: this lane's position of each four.
-  template <bool FRESH>
   __device__ __forceinline__ void load(
       u32 (*target)[4][WORDS], const char* entries, int own, const int* blocks_of, int start, int lowest,
       int end) const {
@@ -233,11 +210,11 @@ struct Reader {
         const int position = start + 16 * s + 4 * j + own;
         const bool there = position >= lowest && position < end;
         if (WORDS == 2)
-          load_two_words<FRESH>(target[s][j], source + 4 * j * entry_stride, there);
+          load_two_words(target[s][j], source + 4 * j * entry_stride, there);
         else
 #pragma unroll
           for (int i = 0; i < CHUNKS; i++)
-            load_words<FRESH>(target[s][j] + 4 * i, source + 4 * j * entry_stride + 128 * i, there);
+            load_words(target[s][j] + 4 * i, source + 4 * j * entry_stride + 128 * i, there);
       }
     }
   }
@@ -275,7 +252,7 @@ __device__ __forceinline__ float load_queries(
       for (int word = 0; word < RUN / 2; word += 4) {
         u32* target = queries[odd][i] + word;
         target[0] = target[1] = target[2] = target[3] = 0;
-        load_words<true>(target, source + (8 * i + 4 * odd + t) * RUN + 2 * word, there);
+        load_words(target, source + (8 * i + 4 * odd + t) * RUN + 2 * word, there);
       }
   if (HALF || STORAGE == SAME) return scale;
   // float16 is exact for the stored entries, but its range may be too small for queries: bring them below one.
@@ -432,12 +409,6 @@ struct Shared {
   u64 arrived;
 };
 
-// For the previous kernel, and for the barriers of the other blocks if a row is cut between them.
-__device__ __forceinline__ void wait_for_others(bool cut) {
-  if (cut) asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
-  wait_for_previous_kernel();
-}
-
 extern "C" __global__ void __maxnreg__(REGISTERS) decode_attention(const __grid_constant__ Decodes a) {
   extern __shared__ __align__(16) char memory[];
   Shared& shared = *(Shared*)memory;
@@ -458,7 +429,7 @@ extern "C" __global__ void __maxnreg__(REGISTERS) decode_attention(const __grid_
     if (lane >= step) own_end += before;
   }
   const int num_tiles = __shfl_sync(~0u, own_end, 31), num_own = __popc(__ballot_sync(~0u, own_tiles > 0));
-  const int share = max((num_tiles + CLUSTER - 1) / CLUSTER, LEAST);
+  const int share = (num_tiles + CLUSTER - 1) / CLUSTER;
   const int last = min((rank + 1) * share, num_tiles);
   const int own_first = (own_end - own_tiles) / share, own_last = (own_end - 1) / share;
   const bool own_cut = own_tiles > 0 && own_first != own_last;
@@ -484,8 +455,8 @@ extern "C" __global__ void __maxnreg__(REGISTERS) decode_attention(const __grid_
   reader.g = g, reader.t = t, reader.lane = lane;
 
   int tile_index = min(rank * share, num_tiles);
-  bool early = EARLY;
-  if (!EARLY || tile_index == last) wait_for_others(cut);
+  if (cut) asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+  wait_for_previous_kernel();
   while (tile_index < last) {
     const int owner = __ffs(__ballot_sync(~0u, own_end > tile_index)) - 1;
     Row row;
@@ -505,22 +476,14 @@ extern "C" __global__ void __maxnreg__(REGISTERS) decode_attention(const __grid_
     Tile tile;
     int blocks[SUB], next_blocks[SUB];
     if (busy) {
-      const int known = early ? row.length - 1 : row.length;
       reader.find(blocks, start, row.length);
-      reader.clear_values(tile);
-      reader.load_keys<false>(tile, blocks, start, row.lowest, known);
-      reader.load_values<false>(tile, blocks, start, row.lowest, known);
       reader.find(next_blocks, start + step, row.length);
-    }
-    if (early) wait_for_others(cut);
-    if (busy) {
+      reader.clear_values(tile);
+      reader.load_keys(tile, blocks, start, row.lowest, row.length);
+      reader.load_values(tile, blocks, start, row.lowest, row.length);
       u32 queries[2][CHUNKS][RUN / 2];
       const u16* source = a.q + row.row * a.q_row_stride + (kv_head * GROUP + g) * a.q_head_stride;
       const float scale = load_queries(queries, source, g < GROUP, t, a.scale_log2);
-      if (early && row.length - 1 >= start && row.length - 1 < start + TILE) {
-        reader.load_keys<true>(tile, blocks, start, row.length - 1, row.length);
-        reader.load_values<true>(tile, blocks, start, row.length - 1, row.length);
-      }
       float best = LOWEST, mass = 0;
       float sums[PARTS][4] = {};
       while (true) {
@@ -531,7 +494,7 @@ extern "C" __global__ void __maxnreg__(REGISTERS) decode_attention(const __grid_
         float key_scales[SCALES];
 #pragma unroll
         for (int n = 0; n < SCALES; n++) key_scales[n] = tile.key_scales[n];
-        if (more) reader.load_keys<false>(tile, next_blocks, next, row.lowest, row.length);
+        if (more) reader.load_keys(tile, next_blocks, next, row.lowest, row.length);
         const float fade = weigh(scores, key_scales, tile.value_scales, row, start, t, scale, best, mass);
         if (__any_sync(~0u, fade != 1)) {
           const float even = __shfl_sync(~0u, fade, 8 * t), odd = __shfl_sync(~0u, fade, 8 * t + 4);
@@ -541,7 +504,7 @@ extern "C" __global__ void __maxnreg__(REGISTERS) decode_attention(const __grid_
         add_values(sums, tile, scores);
         if (!more) break;
         if (next + TILE > row.length) reader.clear_values(tile);
-        reader.load_values<false>(tile, next_blocks, next, row.lowest, row.length);
+        reader.load_values(tile, next_blocks, next, row.lowest, row.length);
         start = next;
         reader.find(next_blocks, start + step, row.length);
       }
@@ -558,7 +521,6 @@ extern "C" __global__ void __maxnreg__(REGISTERS) decode_attention(const __grid_
               make_float4(sums[m][e], sums[m][2 + e], sums[m + 1][e], sums[m + 1][2 + e]);
       }
     }
-    early = false;
     __syncthreads();
     const bool whole = tile_index == row.start && stop == row.end;
     const int num_busy = min(WARPS, stop - tile_index);

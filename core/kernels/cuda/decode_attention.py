@@ -16,7 +16,6 @@ from torch import Tensor
 
 from plexor.batch import LayerCache
 from plexor.kernels.cuda.attention_choice import HEAD_SIZES, MOST_GROUP, Cut, cut_for
-from plexor.kernels.cuda.call import num_multiprocessors
 from plexor.kernels.cuda.program import LINEAR_HEADER, Program, checked, load_program
 from plexor.kernels.triton.attention import LOG2_E
 
@@ -52,7 +51,7 @@ class Decodes(ctypes.Structure):
 class DecodeAttention:
     """The attention of one-row sequences for one layer."""
 
-    def __init__(self, choose: Callable[[int, int, int, int], Cut] = cut_for) -> None:
+    def __init__(self, choose: Callable[[int, int, int], Cut] = cut_for) -> None:
         self._choose = choose
 
     def __call__(
@@ -70,7 +69,7 @@ class DecodeAttention:
         keys, values = cache["keys"], cache["values"]
         block_size, num_kv_heads = keys.shape[1:3]
         entry_bytes = head_size * keys.element_size()
-        cut = self._choose(num_rows, num_kv_heads, entry_bytes, num_multiprocessors(q))
+        cut = self._choose(num_rows, num_kv_heads, entry_bytes)
         arguments = Decodes(
             q=q.data_ptr(),
             keys=keys.data_ptr(),
@@ -119,10 +118,7 @@ def compiled(device: int, cut: Cut, sizes: tuple[int, int, int], storage: int, h
         "SUB": cut.spread,
         "WARPS": cut.warps,
         "CLUSTER": cut.cluster,
-        "LEAST": cut.least,
         "REGISTERS": cut.registers,
-        "EARLY": cut.early,
-        "FETCH": f'".L2::{cut.fetch}B"' if cut.fetch else '""',
     }
     sources = (LINEAR_HEADER, Path(__file__).with_name("decode_attention.cu"))
     program = load_program(sources, defines, 32 * cut.warps, cut.shared_bytes(head_size, group), cut.cluster)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from plexor.batch import LayerCache, Pages, Prefill
 from plexor.extension.specs import Facts
+from plexor.kernels.cuda.attention_choice import decodes_here
 from plexor.kernels.triton.join_attention import join_attention
 from plexor.kernels.triton.paged_attention import PagedAttention as TritonAttention
 from plexor.kernels.triton.prefill_attention import Pieces, prefill_attention
@@ -67,7 +68,7 @@ class PagedAttention:
     def __init__(self, library: Library | None = None, step: int = STEP) -> None:
         self._library = cudnn_attention if library is None else library
         self._step = step
-        self._triton = TritonAttention()
+        self._triton = TritonAttention(decodes_here())
 
     def __call__(self, q: Tensor, cache: LayerCache, pages: Pages, scale: float, window: int | None) -> Tensor:
         """As plexor.kernels.reference.paged_attention; scale > 0, the cache's entries [K, D] are contiguous."""

@@ -20,7 +20,7 @@ from plexor.kernels.triton.attention import (
     widen,
     widen_integers,
 )
-from plexor.kernels.triton.pdl import launch_next, overlaps, prefetch, wait
+from plexor.kernels.triton.pdl import launch_next, overlaps, wait
 
 # Up to here the products around attention stream their weights, and leave room for its programs.
 FEW_ROWS = 16
@@ -36,8 +36,7 @@ class DecodeTuning:
 
     tile: positions attended together. warps, stages: of a program. registers: of a thread at most. programs: how many
     there are at most, for each multiprocessor. least: positions that a program takes at least, in whole tiles. most:
-    programs that share a sequence at most. early: whether a program brings its first tile into the L2 before it waits
-    for the previous kernel.
+    programs that share a sequence at most.
     """
 
     tile: int
@@ -47,7 +46,6 @@ class DecodeTuning:
     programs: int
     least: int
     most: int
-    early: bool = False
 
 
 def decode_tuning(num_rows: int, size: int, element_bytes: int) -> DecodeTuning:
@@ -59,7 +57,7 @@ def decode_tuning(num_rows: int, size: int, element_bytes: int) -> DecodeTuning:
     """
     if num_rows <= FEW_ROWS:
         tile = max(16, min(64, (16 << 10) // (size * max(2, element_bytes))))
-        return DecodeTuning(tile, warps=2, stages=1, registers=255, programs=4, least=tile, most=64, early=True)
+        return DecodeTuning(tile, warps=2, stages=1, registers=255, programs=4, least=tile, most=64)
     tile = max(16, min(64, (8 << 10) // (size * element_bytes)))
     return DecodeTuning(tile, warps=4, stages=3, registers=128, programs=4, least=128, most=32)
 
@@ -150,29 +148,6 @@ def attend(
 
 
 @triton.jit
-def fetch_early(
-    keys,
-    values,
-    blocks,
-    begin,
-    stop,
-    entry_stride,
-    TILE: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-):
-    """Bring a tile's entries into the L2: those of earlier steps are there, and one that is not yet is read later."""
-    lane = tl.arange(0, TILE)
-    index, offset = place_in_blocks(begin, lane, TILE, BLOCK_SIZE)
-    inside = begin + lane < stop
-    block = tl.load(blocks + index, mask=inside, other=0)
-    entry = tl.where(inside, (block * BLOCK_SIZE + offset).to(tl.int64) * entry_stride, 0)
-    line = tl.arange(0, 2) * (HEAD_SIZE // 2)
-    prefetch(keys + entry[:, None] + line[None, :])
-    prefetch(values + entry[:, None] + line[None, :])
-
-
-@triton.jit
 def part_slot(part, first):
     """Where a sequence's parts lie: the first worker's in its tail slot, those of the next in their head slots."""
     return tl.where(part == 0, first * 2 + 1, (first + part) * 2)
@@ -254,7 +229,6 @@ def decode_attention_kernel(
     WINDOWED: tl.constexpr,
     MOST: tl.constexpr,
     CHUNK: tl.constexpr,
-    EARLY: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One program: a KV head's share of all sequences' tiles, which stand in a row; GROUP query heads read each.
@@ -294,23 +268,6 @@ def decode_attention_kernel(
         value_scales += kv_head
     parts += kv_head * GROUP * SIZE
     marks += kv_head * GROUP
-    if EARLY:  # noqa: SIM102 - one is known to the compiler, the other is not
-        # The step's tables were complete before its first layer began; only q and the newest entry are still to come.
-        if tile < last:
-            row = tl.sum((ends <= tile).to(tl.int32), axis=0)
-            length = tl.sum(tl.where(index == row, lengths, 0), axis=0)
-            row_start = tl.max(tl.where(ends <= tile, ends, 0), axis=0)
-            fetch_early(
-                keys + kv_head * HEAD_SIZE,
-                values + kv_head * HEAD_SIZE,
-                block_table + row.to(tl.int64) * block_table_stride,
-                (first_tile(length, window, TILE, WINDOWED) + tile - row_start) * TILE,
-                length,
-                entry_stride,
-                TILE,
-                BLOCK_SIZE,
-                HEAD_SIZE,
-            )
     wait(PDL)
     while tile < last:
         row = tl.sum((ends <= tile).to(tl.int32), axis=0)
@@ -447,7 +404,6 @@ class DecodeAttention:
             WINDOWED=window is not None,
             MOST=tuning.most,
             CHUNK=min(tuning.most, max(1, COMBINED * 32 * tuning.warps // (part_heads * size))),
-            EARLY=pdl and tuning.early,
             PDL=pdl,
             num_warps=tuning.warps,
             num_stages=tuning.stages,

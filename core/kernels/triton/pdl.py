@@ -34,14 +34,6 @@ def launch_next(PDL: tl.constexpr):
         gdc_launch_dependents()
 
 
-@triton.jit
-def prefetch(places):
-    """Bring the lines at these places into the L2, and go on at once; only where kernels overlap."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [places.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
 def overlaps(device: torch.device) -> bool:
     """Whether kernels on the device can be launched so."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from plexor.batch import LayerCache, Pages
 from plexor.extension.specs import Facts
+from plexor.kernels.cuda.attention_choice import decodes_here
 from plexor.kernels.cudnn.paged_attention import PagedAttention as LibraryAttention
 from plexor.kernels.cudnn.paged_attention import refuses
 from plexor.kernels.triton.paged_attention import PagedAttention
@@ -88,7 +89,7 @@ class ScaledPagedAttention:
     """The attention of one layer over a cache with "key_scales", "value_scales" [num_blocks, block_size, K]."""
 
     def __init__(self) -> None:
-        self._decodes = PagedAttention()
+        self._decodes = PagedAttention(decodes_here())
         self._pieces: Attend | None = None
 
     def __call__(self, q: Tensor, cache: LayerCache, pages: Pages, scale: float, window: int | None) -> Tensor:

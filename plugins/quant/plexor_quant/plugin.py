@@ -26,8 +26,7 @@ _SPARSE24 = ("sparse24", "sparse24_fp8")
 _WRITTEN = frozenset(
     {"fp8", "int8_sq", "w4a_fp8", "int8_wo", "int4_wo", "int4_wo_g64", "int4_wo_g32", "int4_wo_channel"}
 )
-_COPIED: Mapping[str, tuple[float, float]] = dict.fromkeys(("float32", "float16", "bfloat16"), (0.0, 0.0))
-# Features turned in float32 and rounded to the activation dtype.
+# Features turned in float32 and rounded to the activation dtype, or scales, which torch divides by 127 in two ways.
 _ROUNDED: Mapping[str, tuple[float, float]] = {**_SUMMED, "float32": (1e-5, 1e-5), "float16": (2e-3, 2e-3)}
 
 
@@ -290,7 +289,7 @@ def _refuses_attention(facts: Facts) -> str | None:
 def _cache_ops() -> tuple[Op, ...]:
     """What stores in and reads from a cache of int8 with scales."""
     tolerances = {
-        "int8_kv_write": _COPIED,
+        "int8_kv_write": _ROUNDED,
         "int8_rotary_kv_write": _ROUNDED,
         "int8_paged_attention": _SUMMED,
     }
