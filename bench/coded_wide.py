@@ -139,7 +139,7 @@ CHECKED = {
     31: (TiledCut(128, 4), TiledCut(32, 2, 2)),
     64: (TiledCut(224), TiledCut(128, 2, 2), TiledCut(256, 1, 2), TiledCut(32, 1, 4)),
     100: (TiledCut(112), TiledCut(96, 2), TiledCut(256), TiledCut(64, 2, 2)),
-    256: (TiledCut(112, 1, 2), TiledCut(96, 3), TiledCut(64, 2, 2), TiledCut(128, 1, 4)),
+    256: (TiledCut(112, 1, 2), TiledCut(64, 3), TiledCut(64, 2, 2), TiledCut(128, 1, 4)),
     300: (TiledCut(128, 1, 2), TiledCut(96)),
     2100: (TiledCut(128, 1, 2), TiledCut(64)),
 }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache
-from itertools import product as every
 
 import torch
 
@@ -19,7 +18,7 @@ _MOST_NUMBERS = 256 * 128
 """Of a tile, kept in registers."""
 _UNIT = 2048
 """Numbers of a tile that are added up by the same block: eight of each thread."""
-_LEAST_STAGES = 3
+_LEAST_STAGES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,20 +92,21 @@ def tiled_cut_for(
     num_rows: int, num_outputs: int, num_boxes: int, pair: int | None, num_multiprocessors: int
 ) -> TiledCut | None:
     """The cut that a model of the GPU's limits expects to be quickest; None if none fits."""
-    cuts = (TiledCut(*numbers) for numbers in every(_OUTPUTS, _SPLITS, _SHARES))
-    fitting = [cut for cut in cuts if cut.fits(num_rows, num_outputs, num_boxes, pair)]
+    fitting = [cut for cut in _CUTS if cut.fits(num_rows, num_outputs, num_boxes, pair)]
     return min(
         fitting, key=lambda cut: _clocks(cut, num_rows, num_outputs, num_boxes, num_multiprocessors), default=None
     )
 
 
-_OUTPUTS = (32, 64, 96, 112, 128, 192, 224, 256)
-_SPLITS = (1, 2, 3, 4)
-_SHARES = (1, 2)
+# Clusters of four do not fill the multiprocessors, and blocks that shared x were slower on an H200.
+_WHOLE = tuple(TiledCut(outputs) for outputs in (32, 64, 112, 128, 224, 256))
+_CUTS = (*_WHOLE, *(TiledCut(*numbers) for numbers in ((32, 2), (64, 2), (96, 2), (128, 2), (96, 3), (128, 3))))
 # Bytes in a clock, of all multiprocessors but for the first: what one takes in, what the L2 gives, what memory gives.
 _INTO_ONE, _FROM_L2, _FROM_MEMORY = 48, 3900, 2600
+_LEAST = 400
+"""Clocks of a stage, however small."""
 _BEGIN_AND_END = 3000
-"""Clocks of a block, besides its stages."""
+"""Clocks of a tile, besides its stages."""
 _JOINT = 1500
 """Clocks for sums that are added up over a cluster."""
 
@@ -118,9 +118,10 @@ def _clocks(cut: TiledCut, num_rows: int, num_outputs: int, num_boxes: int, num_
     at_once = num_blocks / rounds
     x_bytes, weight_bytes = min(num_rows, tokens) * 2 * BOX, cut.outputs * 2 * BOX
     stage = max(
+        _LEAST,
         tokens * cut.outputs / 32,  # of the tensor cores
         (x_bytes + weight_bytes) / _INTO_ONE,
         (x_bytes / cut.share + weight_bytes) * at_once / _FROM_L2,
         weight_bytes * at_once / _FROM_MEMORY if num_rows <= tokens else 0.0,
     )
-    return rounds * num_boxes / cut.split * stage + _BEGIN_AND_END + (_JOINT if cut.split > 1 else 0)
+    return rounds * (num_boxes / cut.split * stage + _BEGIN_AND_END) + (_JOINT if cut.split > 1 else 0)

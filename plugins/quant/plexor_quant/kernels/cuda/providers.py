@@ -25,6 +25,7 @@ from plexor.api import (
 from plexor_quant.kernels.cuda.coded import Activations, CodedCall, Codes, codes_of
 from plexor_quant.kernels.cuda.products import CodedProducts, Many
 from plexor_quant.kernels.cuda.w4 import W4Linear
+from plexor_quant.kernels.cuda.wide import E4M3_ROWS, WideCoded
 from plexor_quant.kernels.reference import fp8_linear as reference_fp8
 from plexor_quant.kernels.reference import int4_wo_linear as reference_int4_wo
 from plexor_quant.kernels.reference import int8_linear as reference_int8
@@ -43,21 +44,28 @@ class CodedFormat:
     """What tells one format's products from another's.
 
     product: the op for bfloat16 where no kernel here takes it; reference: the same for float16. many: makes the kernels
-    of many rows for a layer.
+    of many rows for a layer. normed: as product, of (x, gain, eps, weight, scale), with a norm of x before it.
     """
 
     activations: Activations
     product: Callable[..., Tensor]
     reference: Callable[..., Tensor]
     many: Callable[[], Many] | None = None
+    normed: Callable[..., Tensor] | None = None
 
     def other(self, x: Tensor) -> Callable[..., Tensor]:
         """The op by another provider."""
         return self.product if x.dtype == torch.bfloat16 else self.reference
 
 
-FP8 = CodedFormat(Activations.E4M3, torch_fp8.fp8_linear, reference_fp8.fp8_linear)
-INT8 = CodedFormat(Activations.INT8, torch_int8.int8_linear, reference_int8.int8_linear)
+FP8 = CodedFormat(
+    Activations.E4M3,
+    torch_fp8.fp8_linear,
+    reference_fp8.fp8_linear,
+    partial(WideCoded, E4M3_ROWS),
+    torch_fp8.normed_fp8_linear,
+)
+INT8 = CodedFormat(Activations.INT8, torch_int8.int8_linear, reference_int8.int8_linear, WideCoded)
 W4A_FP8 = CodedFormat(Activations.E4M3, torch_w4a_fp8.w4a_fp8_linear, reference_w4a_fp8.w4a_fp8_linear, W4Linear)
 INT8_WO = CodedFormat(Activations.AS_THEY_ARE, torch_int8_wo.int8_wo_linear, reference_int8_wo.int8_wo_linear)
 INT4_WO = CodedFormat(Activations.AS_THEY_ARE, torch_int4_wo.int4_wo_linear, reference_int4_wo.int4_wo_linear, W4Linear)
@@ -76,6 +84,15 @@ class _Layer:
     def _multiply(self, x: Tensor, stored: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
         """The product by another provider."""
         y = stored_product(self._format.other(x))(x, stored)
+        return y if bias is None else y + bias
+
+    def _multiply_normed(
+        self, x: Tensor, gain: Tensor, eps: float, stored: Mapping[str, Tensor], bias: Tensor | None
+    ) -> Tensor:
+        """The product of normed rows by another provider."""
+        if self._format.normed is None or x.dtype != torch.bfloat16:
+            return self._multiply(rms_norm(x, gain, eps), stored, bias)
+        y = self._format.normed(x, gain, eps, stored["weight"], stored["scale"])
         return y if bias is None else y + bias
 
 
@@ -105,7 +122,7 @@ class NormLinear(_Layer):
             y = self._run(call, codes_of(stored, x.shape[1]))
             if y is not None:
                 return y
-        return self._multiply(rms_norm(x, gain, eps), stored, bias)
+        return self._multiply_normed(x, gain, eps, stored, bias)
 
 
 class LinearAdd(_Layer):
@@ -130,7 +147,7 @@ class NormGatedLinear(_Layer):
             y = self._run(call, codes_of(stored, x.shape[1]))
             if y is not None:
                 return y
-        return silu_mul(self._multiply(rms_norm(x, gain, eps), stored, bias))
+        return silu_mul(self._multiply_normed(x, gain, eps, stored, bias))
 
 
 class NormRotaryLinear(_Layer):
@@ -156,7 +173,7 @@ class NormRotaryLinear(_Layer):
             if queries is not None:
                 return queries
         num_kv_heads, head_size = cache["keys"].shape[2:]
-        heads = self._multiply(rms_norm(x, gain, eps), stored, bias).unflatten(1, (-1, head_size))
+        heads = self._multiply_normed(x, gain, eps, stored, bias).unflatten(1, (-1, head_size))
         q, k, v = heads.split((heads.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads), dim=1)
         return rotary_kv_write(q, k, v, cos, sin, positions, slots, cache)
 

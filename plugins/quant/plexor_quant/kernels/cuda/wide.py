@@ -14,6 +14,9 @@ from plexor.api import Call, TiledLinear, TiledScales, lies_in_pairs, num_multip
 from plexor_quant.kernels.cuda.coded import CodedCall
 from plexor_quant.kernels.triton.round_rows import round_normed, round_rows
 
+E4M3_ROWS = 64
+"""Of bfloat16 that are multiplied by e4m3 weights here; torch's product takes more."""
+
 _BOX = 128
 """Inputs that a copy brings at once."""
 
@@ -21,12 +24,16 @@ _BOX = 128
 class WideCoded:
     """The product of one layer, for `plexor_quant.kernels.cuda.products.Many`."""
 
-    def __init__(self) -> None:
+    def __init__(self, most_rows: int | None = None) -> None:
+        """most_rows: of bfloat16, if more are left to another provider."""
+        self._most_rows = most_rows
         self._tiled = TiledLinear()
 
     def __call__(self, coded: CodedCall) -> Tensor | None:
-        """The call's y, on its way; None for sizes and places that the kernel does not take."""
+        """The call's y, on its way; None for what the kernel does not take, or another provider does better."""
         call, codes = coded.call, coded.codes
+        if self._most_rows is not None and call.num_rows > self._most_rows and call.x.dtype == torch.bfloat16:
+            return None
         num_outputs, num_inputs = codes.weight.shape
         if num_inputs % _BOX or not lies_in_pairs(call):
             return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from plexor_quant.kernels.triton.round_rows import round_rows
+from plexor_quant.kernels.triton.round_rows import round_normed, round_rows
 
 
 def fp8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
@@ -13,6 +13,13 @@ def fp8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     if x.shape[0] == 0:
         return x.new_empty(0, weight.shape[0])
     return scaled_product(*round_rows(x, weight.dtype), weight, scale)
+
+
+def normed_fp8_linear(x: Tensor, gain: Tensor, eps: float, weight: Tensor, scale: Tensor) -> Tensor:
+    """As `fp8_linear` of the root mean square norm of x with gain [in], in one kernel less."""
+    if x.shape[0] == 0:
+        return x.new_empty(0, weight.shape[0])
+    return scaled_product(*round_normed(x, gain, eps, weight.dtype), weight, scale)
 
 
 def scaled_product(codes: Tensor, token_scale: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
