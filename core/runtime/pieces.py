@@ -122,7 +122,8 @@ class PieceSteps:
             for rows in ROWS:
                 for size in (Size(rows, self._sequences[0], False), Size(rows, min(some, rows), True)):
                     self._warm_up(size, self._captures)
-        longest = min(num_rows, self._state.block_table.shape[1] * self._state.block_size)
+        # The context may end with the first entry of a sequence's last block.
+        longest = (self._state.block_table.shape[1] - 1) * self._state.block_size + 1
         for count in sorted({min(count, self._state.num_slots) for count in (1, 8, 64)}):
             length = min(num_rows // count, longest)
             if length > 0:

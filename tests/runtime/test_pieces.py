@@ -111,6 +111,16 @@ def crowd(model: Engine, asked: list[list[int]]) -> list[list[int]]:
     return [one.completion.token_ids for one in running]
 
 
+def test_warming_up_keeps_to_the_context(tiny: Path, padded: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Positions beyond it may have no angles."""
+    with engine(tiny, max_length=33, max_sequences=3) as model:
+        steps = steps_of(model)
+        seen: list[list[int]] = []
+        monkeypatch.setattr(steps, "run", lambda step, media: seen.append([len(p.token_ids) for p in step.pieces]))
+        model.core._ranks.rank.runner.warm_up(100)
+        assert seen == [[33], [33] * 3]
+
+
 def test_warming_up_meets_every_number_of_rows_and_changes_no_token(tiny: Path, padded: None) -> None:
     """Twice, so that a GPU captures it."""
     asked = prompts(4, longest=60)
