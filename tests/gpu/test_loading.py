@@ -81,7 +81,7 @@ def test_a_value_that_is_not_finite_is_named(folder: Path, tmp_path: Path) -> No
         tensors(tmp_path, Placement(CUDA, torch.bfloat16))
 
 
-@pytest.mark.parametrize("precision", sorted(CATALOG.precisions))
+@pytest.mark.parametrize("precision", [spec.name for spec in CATALOG.precisions.values() if not spec.selective])
 def test_random_weights_are_drawn_on_the_device_in_every_precision(folder: Path, precision: str) -> None:
     placement = Placement(CUDA, torch.bfloat16, precision)
     drawn = [draw_model(open_folder(folder), CATALOG, CATALOG.kernel_table(), placement)[0] for _ in range(2)]

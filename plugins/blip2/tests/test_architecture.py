@@ -243,7 +243,7 @@ def test_the_engine_generates_what_transformers_does(
 def test_every_precision_leaves_the_eyes_alone(plain: Path, catalog: Catalog) -> None:
     """Whatever formats are installed, pictures are encoded exactly."""
     expected = load(plain, catalog).encode("image", list(pixels(1)))[0]
-    for name in catalog.precisions:
+    for name in (spec.name for spec in catalog.precisions.values() if not spec.selective):
         model = load_model(plain, catalog, precision=name).model
         assert isinstance(model, Blip2)
         assert torch.equal(model.encode("image", list(pixels(1)))[0], expected), name
