@@ -98,25 +98,40 @@ __device__ __forceinline__ int tile_row(int tile, int rows, int pair) {
 
 // What an epilogue needs besides the product's two numbers, so that it can be asked for before they are there.
 struct Operands {
-  float first;  // ADD: of the residual; ROTARY: cosine and sine
-  float second;
+  u32 first;  // ADD: bits of the residual; ROTARY: of cosine and sine
+  u32 second;
   long long slot;
 };
 
+// As it lies: what is done with a number waits for it.
+__device__ __forceinline__ u32 load_half(const void* numbers, long long index) {
+  u32 bits;
+  asm volatile("ld.global.cg.u16 %0, [%1];" : "=r"(bits) : "l"((const u16*)numbers + index));
+  return bits;
+}
+
 // What earlier kernels wrote is read from the L2: waiting for the previous kernel does not make the L1 forget.
-__device__ __forceinline__ Operands load_operands(const Arguments& a, int m, int row) {
+__device__ __forceinline__ Operands load_operands(const Arguments& a, int m, int row, long long position, long long slot) {
   Operands operands = {};
 #if EPILOGUE == ADD
-  const u16* residual = (const u16*)a.residual + m * a.residual_stride + row;
-  operands.first = widen(__ldcg(residual));
-  operands.second = widen(__ldcg(residual + a.pair));
+  const long long index = m * a.residual_stride + row;
+  operands.first = load_half(a.residual, index);
+  operands.second = load_half(a.residual, index + a.pair);
 #elif EPILOGUE == ROTARY
-  const long long angle = __ldcg(a.positions + m) * a.pair + row % a.pair;
-  operands.first = a.cos[angle];
-  operands.second = a.sin[angle];
-  operands.slot = __ldcg(a.slots + m);
+  const long long angle = position * a.pair + row % a.pair;
+  operands.first = __float_as_uint(a.cos[angle]);
+  operands.second = __float_as_uint(a.sin[angle]);
+  operands.slot = slot;
 #endif
   return operands;
+}
+
+__device__ __forceinline__ Operands load_operands(const Arguments& a, int m, int row) {
+#if EPILOGUE == ROTARY
+  return load_operands(a, m, row, __ldcg(a.positions + m), __ldcg(a.slots + m));
+#else
+  return load_operands(a, m, row, 0, 0);
+#endif
 }
 
 #if EPILOGUE == ROTARY
@@ -135,8 +150,9 @@ __device__ __forceinline__ void store_head_pair(
   const int half = a.pair, size = 2 * half, head = row / size, feature = row % size;
   float low = widen(narrow(first)), high = widen(narrow(second));
   if (head < a.num_heads + a.num_kv_heads) {
-    const float turned = low * operands.first - high * operands.second;
-    high = high * operands.first + low * operands.second;
+    const float cosine = __uint_as_float(operands.first), sine = __uint_as_float(operands.second);
+    const float turned = low * cosine - high * sine;
+    high = high * cosine + low * sine;
     low = turned;
   }
   if (head < a.num_heads) {
@@ -168,8 +184,8 @@ __device__ __forceinline__ void store_pair(
 #else
   u16* target = (u16*)a.y + m * a.y_stride + row;
 #if EPILOGUE == ADD
-  first += operands.first;
-  second += operands.second;
+  first += widen((u16)operands.first);
+  second += widen((u16)operands.second);
 #endif
   target[0] = narrow(first);
   target[a.pair] = narrow(second);
