@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from statistics import median
 
@@ -33,7 +33,7 @@ from plexor_quant.kernels.cuda.coded import Activations, CodedCall, Codes
 from plexor_quant.kernels.cuda.w4 import Prepared, W4Linear, prepare
 from plexor_quant.kernels.cuda.w4_layout import MOST_COLUMNS, W4Cut, lies_well, rule
 from plexor_quant.packing import pack, widen
-from plexor_quant.rounding import E4M3_MAX, SMALLEST_SCALE, to_e4m3
+from plexor_quant.rounding import round_e4m3
 
 DEVICE = torch.device("cuda")
 DTYPE = torch.bfloat16
@@ -120,18 +120,11 @@ class Inputs:
         return product_call(x, weight, norm)
 
 
-def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
-    """As round_e4m3, but that torch divides by a number on the host as it does by one on a GPU: exactly."""
-    scale = x.abs().amax(dim=-1, keepdim=True).float() / torch.full((), E4M3_MAX, device=x.device)
-    scale = scale.clamp_min(SMALLEST_SCALE)
-    return to_e4m3(x.float() / scale), scale
-
-
 def product(x: Tensor, weight: Weight, rounds: bool) -> Tensor:
     """The reference's product, in float32."""
     if not rounds:
         return x.float() @ weight.dense().T
-    codes, scale = rounded(x)
+    codes, scale = round_e4m3(x)
     return codes.float() @ weight.dense().T * scale
 
 
@@ -214,7 +207,7 @@ def check_rounding(rows: int, inputs: int, dtype: torch.dtype) -> None:
     """Rows are rounded as the reference rounds them, but for their order and the last bit of few quotients."""
     x = torch.randn(rows, inputs, device=DEVICE).to(dtype)
     x[0] = 0
-    codes, scale = rounded(x)
+    codes, scale = round_e4m3(x)
     ready = prepare(x, None, True, None, MOST_COLUMNS)
     assert ready.scale is not None
     assert torch.equal(ready.scale, scale.flatten()), "scales differ"
@@ -228,13 +221,12 @@ def check() -> None:
     bf16, fp16 = torch.bfloat16, torch.float16
     one_hot = (
         (128, True, W4Cut(128), 512),
-        (128, True, W4Cut(128, 2, 1, 2), 640),
-        (128, True, W4Cut(32, 1, 2), 512),
+        (128, True, W4Cut(128), 640),
+        (128, True, W4Cut(32, 2), 512),
         (64, True, W4Cut(64), 512),
         (32, True, W4Cut(64), 288),
         (128, False, W4Cut(64), 512),
         (32, False, W4Cut(32), 544),
-        (64, True, W4Cut(128, 2, 1, 2, True), 544),
     )
     failures = attempt("rounding of bf16", partial(check_rounding, 300, 14336, bf16))
     failures += attempt("rounding of fp16", partial(check_rounding, 17, 288, fp16))
@@ -244,23 +236,21 @@ def check() -> None:
     # rows, outputs, inputs, epilogue, cut, rounds, group size, zero points, dtype
     cases: tuple[tuple[int, int, int, str, W4Cut | None, bool, int, bool, torch.dtype], ...] = (
         (17, 1024, 1024, "store", W4Cut(32), True, 128, False, bf16),
-        (33, 1024, 1152, "add", W4Cut(64, 1, 4), True, 128, False, bf16),
-        (64, 1536, 4096, "rotary", W4Cut(64, 1, 2, ordered=True), True, 128, False, bf16),
+        (33, 1024, 1152, "add", W4Cut(64, 2), True, 128, False, bf16),
+        (64, 1536, 4096, "rotary", W4Cut(64, 2), True, 128, False, bf16),
         (100, 2048, 1024, "gated", W4Cut(128, 2), True, 128, False, bf16),
         (128, 1536, 512, "rotary", W4Cut(128), True, 128, True, bf16),
-        (256, 1024, 1024, "add", W4Cut(128, 1, 2), True, 128, False, bf16),
-        (300, 2048, 1024, "gated", W4Cut(128, 1, 1, 2), True, 128, True, bf16),
-        (2048, 6144, 4096, "rotary", W4Cut(128, 2, 1, 2), True, 128, False, bf16),
-        (2048, 28672, 1024, "gated", W4Cut(128, ordered=True), True, 128, False, bf16),
-        (1500, 4096, 896, "add", W4Cut(128, 2, 1, 2), True, 64, False, bf16),
-        (100, 1024, 1056, "store", W4Cut(64, ordered=True), True, 32, True, bf16),
+        (256, 1024, 1024, "add", W4Cut(128, 2), True, 128, False, bf16),
+        (300, 2048, 1024, "gated", W4Cut(128), True, 128, True, bf16),
+        (2048, 6144, 4096, "rotary", W4Cut(128), True, 128, False, bf16),
+        (2048, 28672, 1024, "gated", W4Cut(128), True, 128, False, bf16),
+        (1500, 4096, 896, "add", W4Cut(128), True, 64, False, bf16),
+        (100, 1024, 1056, "store", W4Cut(64), True, 32, True, bf16),
         (100, 1024, 1056, "gated", W4Cut(64), True, 4096, True, fp16),
-        (64, 1536, 1024, "rotary", W4Cut(64, 1, 2), False, 128, False, bf16),
+        (64, 1536, 1024, "rotary", W4Cut(64, 2), False, 128, False, bf16),
         (200, 1024, 1024, "add", W4Cut(128), False, 64, True, bf16),
-        (33, 1024, 1024, "gated", W4Cut(64, 1, 4), False, 32, False, fp16),
+        (33, 1024, 1024, "gated", W4Cut(64, 2), False, 32, False, fp16),
         (256, 4096, 14336, "add", None, True, 128, False, bf16),
-        (300, 2048, 1056, "gated", W4Cut(128, 1, 1, 2, True, True), True, 32, True, bf16),
-        (700, 1536, 4096, "rotary", W4Cut(128, 2, 1, 1, True), True, 128, False, bf16),
     )
     for rows, outputs, inputs, epilogue, chosen, rounds, group_size, zero, dtype in cases:
         weight = Weight.draw(outputs, inputs, group_size, zero=zero)
@@ -306,24 +296,15 @@ def time_graph(run: Callable[[], object], rounds: int = 7) -> float:
     return median(times)
 
 
-def cuts(rows: int, outputs: int, inputs: int, rounds: bool) -> Sequence[W4Cut]:
+def cuts(rows: int, inputs: int) -> Sequence[W4Cut]:
     """What is worth timing."""
-    if rows > 256:
-        found = [W4Cut(128), W4Cut(128, 1, 1, 2), W4Cut(128, 2, 1, 2)]
-        found += [replace(cut, widened=True) for cut in found if rounds]
-    elif rows > 128:
-        found = [W4Cut(128), W4Cut(128, 1, 2)]
+    if rows > 128:
+        found = [W4Cut(128), W4Cut(128, 2)]
     elif rows > 64:
-        found = [W4Cut(128), W4Cut(128, 1, 2), W4Cut(64, 1, 2), W4Cut(64)]
+        found = [W4Cut(128), W4Cut(128, 2), W4Cut(64), W4Cut(64, 2)]
     else:
-        found = [W4Cut(64), W4Cut(64, 1, 2), W4Cut(64, 1, 4)]
-    found += [replace(cut, ordered=True) for cut in found]
-    return [cut for cut in found if cut.fits(outputs, inputs)]
-
-
-def cut_name(cut: W4Cut) -> str:
-    """Columns, parts, split and share, then w for widened and o for ordered."""
-    return f"{cut.columns}/{cut.parts}/{cut.split}/{cut.share}{'w' * cut.widened}{'o' * cut.ordered}"
+        found = [W4Cut(64), W4Cut(64, 2), W4Cut(32), W4Cut(32, 2)]
+    return [cut for cut in found if cut.fits(inputs)]
 
 
 class Timer:
@@ -351,10 +332,10 @@ class Timer:
     def compile(self, names: Sequence[str]) -> None:
         """Make what is timed, so that several processes can do so at once."""
         for name in names:
-            outputs, inputs = SHAPES[name]
+            _, inputs = SHAPES[name]
             x = torch.zeros(self._rows, inputs, dtype=DTYPE, device=DEVICE)
             call = self._call(name, self._weights[name][0], x, self._residual)
-            for cut in cuts(self._rows, outputs, inputs, self._rounds):
+            for cut in cuts(self._rows, inputs):
                 self._linears[name][0].launch(call, cut)
 
     def _time_product(self, name: str) -> str:
@@ -362,7 +343,7 @@ class Timer:
         x = torch.randn(self._rows, inputs, device=DEVICE).to(DTYPE)
         calls = [self._call(name, weight, x, self._residual) for weight in self._weights[name][: self._repeats]]
         figures = []
-        for cut in cuts(self._rows, outputs, inputs, self._rounds):
+        for cut in cuts(self._rows, inputs):
             ready = prepare(x, calls[0].call.norm, self._rounds, None, cut.columns)
 
             def run(ready: Prepared = ready, cut: W4Cut = cut) -> None:
@@ -378,11 +359,11 @@ class Timer:
                 prepare(x, calls[0].call.norm, self._rounds, None, MOST_COLUMNS)
 
         before = time_graph(run_prepare) / self._repeats
-        shown = "  ".join(f"{cut_name(cut)} {microseconds:.1f}" for microseconds, cut in figures)
+        shown = "  ".join(f"{c.columns}/{c.split} {t:.1f}" for t, c in figures)
         return (
             f"T {self._rows} {name:<8} {2 * self._rows * outputs * inputs / quickest / 1e6:.0f} TFLOP/s "
             f"{outputs * inputs * 0.516 / quickest / 1e6:.2f} TB/s | prepare {before:.1f} "
-            f"| us: {shown} | rule {cut_name(rule(calls[0]))}"
+            f"| us: {shown} | rule {rule(calls[0])}"
         )
 
     def _run_layers(self) -> None:

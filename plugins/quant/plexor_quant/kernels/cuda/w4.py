@@ -26,16 +26,12 @@ from plexor_quant.kernels.cuda.w4_layout import (
     rounds,
     rule,
     share_rows,
-    sums_needed,
     unit,
 )
 
 _THREADS = 384
 _ONE_GROUP = 1 << 20
 _LINEAR = (LINEAR_HEADER, Path(__file__).with_name("w4_linear.cu"))
-_WIDEN_THREADS = 256
-_WIDEN_EACH = 32
-_WIDEN = (LINEAR_HEADER, Path(__file__).with_name("w4_widen.cu"))
 _PREPARE = (LINEAR_HEADER, Path(__file__).with_name("w4_prepare.cu"))
 
 
@@ -49,6 +45,7 @@ class _Coded(ctypes.Structure):
         ("sums", ctypes.c_void_p),
         ("sum_stride", ctypes.c_int),
         ("num_groups", ctypes.c_int),
+        ("group_units", ctypes.c_int),
         ("share_rows", ctypes.c_int),
     )
 
@@ -67,21 +64,6 @@ class _Row(ctypes.Structure):
         ("num_units", ctypes.c_int),
         ("sum_stride", ctypes.c_int),
         ("eps", ctypes.c_float),
-    )
-
-
-class _Widening(ctypes.Structure):
-    """As in w4_widen.cu."""
-
-    _fields_ = (
-        ("weight", ctypes.c_void_p),
-        ("scale", ctypes.c_void_p),
-        ("zero", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
-        ("num_parts", ctypes.c_longlong),
-        ("row_parts", ctypes.c_int),
-        ("num_groups", ctypes.c_int),
-        ("group_parts", ctypes.c_int),
     )
 
 
@@ -143,80 +125,44 @@ class W4Linear:
 
     def launch(self, coded: CodedCall, cut: W4Cut) -> None:
         """Queue the norm, the rounding and the product on the current stream."""
-        call, summed = coded.call, sums_needed(coded, cut)
-        self.multiply(coded, prepare(call.x, call.norm, rounds(coded), summed, cut.columns), cut)
+        sums = None if coded.codes.zero is None else unit(coded.codes)
+        call = coded.call
+        self.multiply(coded, prepare(call.x, call.norm, rounds(coded), sums, cut.columns), cut)
 
     def multiply(self, coded: CodedCall, prepared: Prepared, cut: W4Cut) -> None:
         """The product alone, of x that was prepared for this cut's columns."""
-        x, arguments, pair = prepared.x, coded.call.arguments, coded.call.pair or ROWS
-        (num_rows, num_inputs), num_outputs = x.shape, coded.codes.weight.shape[0]
-        weight_map = _weight_map(widen(coded.codes, None), pair) if cut.widened else self._stored_map(coded, pair)
+        x, weight, arguments, pair = prepared.x, coded.codes.weight, coded.call.arguments, coded.call.pair or ROWS
+        (num_rows, num_inputs), num_outputs = x.shape, weight.shape[0]
         stages, shared_bytes = layout(coded, cut)
         arguments.num_rows, arguments.num_inputs, arguments.num_outputs = num_rows, num_inputs, num_outputs
         arguments.pair, arguments.stages = pair, stages
-        program = load_program(_LINEAR, _defines(coded, cut), _THREADS, shared_bytes, cluster=cut.split * cut.share)
+        program = load_program(_LINEAR, _defines(coded, cut), _THREADS, shared_bytes, cluster=cut.split)
         box = 128 // x.element_size()
-        x_map = tensor_map(x, (num_inputs, num_rows), (num_inputs,), (box, cut.columns // cut.share))
-        items = num_outputs // (2 * ROWS) // cut.share * -(-num_rows // cut.columns)
-        clusters = items if cut.split > 1 else min(items, num_multiprocessors(x) // cut.share)
-        program.launch(
-            clusters * cut.split * cut.share,
-            (weight_map, x_map, arguments, _grid(coded.codes, prepared, pair)),
-        )
+        x_map = tensor_map(x, (num_inputs, num_rows), (num_inputs,), (box, cut.columns))
+        items = num_outputs // (2 * ROWS) * -(-num_rows // cut.columns)
+        num_blocks = items * cut.split if cut.split > 1 else min(items, num_multiprocessors(x))
+        parameters = (self._weight_map(weight, pair), x_map, arguments, _grid(coded.codes, prepared, pair))
+        program.launch(num_blocks, parameters)
 
-    def _stored_map(self, coded: CodedCall, pair: int) -> Any:
-        weight = coded.codes.weight
+    def _weight_map(self, weight: Tensor, pair: int) -> Any:
+        """Eight rows of the first group, eight of the second, and so on by turns."""
         key = (weight.data_ptr(), weight.shape, pair)
         if key not in self._weight_maps:
-            self._weight_maps[key] = _weight_map(weight, pair)
+            num_outputs, num_bytes = weight.shape
+            apart = share_rows(pair)
+            sizes = (num_bytes, 8, 2, 4, (num_outputs - pair) // apart + (pair < apart))
+            strides = (num_bytes, pair * num_bytes, 8 * num_bytes, apart * num_bytes)
+            self._weight_maps[key] = tensor_map(weight, sizes, strides, (128, 8, 2, 4, 2))
         return self._weight_maps[key]
-
-
-def _weight_map(weight: Tensor, pair: int) -> Any:
-    """Eight rows of the first group, eight of the second, and so on by turns, 128 bytes of each."""
-    num_outputs, num_bytes = weight.shape
-    apart = share_rows(pair)
-    sizes = (num_bytes, 8, 2, 4, (num_outputs - pair) // apart + (pair < apart))
-    strides = (num_bytes, pair * num_bytes, 8 * num_bytes, apart * num_bytes)
-    return tensor_map(weight, sizes, strides, (128, 8, 2, 4, 2))
-
-
-def widen(codes: Codes, dtype: torch.dtype | None) -> Tensor:
-    """The weight [N, K] as a product of very many rows takes it: times its scales, rounded to dtype, or None: in e4m3
-    without them, exactly, reordered as activations are.
-    """
-    weight, num_inputs = codes.weight, codes.num_inputs
-    out = torch.empty(weight.shape[0], num_inputs, dtype=dtype or torch.float8_e4m3fn, device=weight.device)
-    widening = _Widening(weight=weight.data_ptr(), scale=codes.scale.data_ptr(), out=out.data_ptr())
-    if codes.zero is not None:
-        widening.zero = codes.zero.data_ptr()
-    widening.num_parts, widening.row_parts = out.numel() // _WIDEN_EACH, num_inputs // _WIDEN_EACH
-    widening.num_groups = codes.num_groups
-    widening.group_parts = _ONE_GROUP if codes.num_groups == 1 else codes.group_size // _WIDEN_EACH
-    defines = {
-        "E4M3": dtype is None,
-        "ZERO": codes.zero is not None,
-        "HALF": dtype == torch.float16,
-        "EPILOGUE": 0,
-        "NARROW": 0,
-    }
-    num_blocks = -(-widening.num_parts // _WIDEN_THREADS)
-    load_program(_WIDEN, defines, _WIDEN_THREADS, 0).launch(num_blocks, (widening,))
-    return out
 
 
 def _defines(coded: CodedCall, cut: W4Cut) -> Mapping[str, int]:
     return {
         "COLUMNS": cut.columns,
-        "PARTS": cut.parts,
         "SPLIT": cut.split,
-        "SHARE": cut.share,
         "GROUP": unit(coded.codes),
-        "SPAN": 0 if coded.codes.num_groups == 1 else coded.codes.group_size // unit(coded.codes),
-        "ORDERED": cut.ordered,
         "E4M3": rounds(coded),
-        "ZERO": sums_needed(coded, cut) is not None,
-        "CODES": cut.widened,
+        "ZERO": coded.codes.zero is not None,
         "HALF": coded.call.x.dtype == torch.float16,
         "EPILOGUE": coded.call.epilogue,
         "NARROW": coded.call.narrow,
@@ -225,6 +171,7 @@ def _defines(coded: CodedCall, cut: W4Cut) -> Mapping[str, int]:
 
 def _grid(codes: Codes, prepared: Prepared, pair: int) -> _Coded:
     grid = _Coded(scale=codes.scale.data_ptr(), num_groups=codes.num_groups, share_rows=share_rows(pair))
+    grid.group_units = _ONE_GROUP if codes.num_groups == 1 else codes.group_size // unit(codes)
     if prepared.scale is not None:
         grid.token_scale = prepared.scale.data_ptr()
     if codes.zero is not None and prepared.sums is not None:

@@ -15,6 +15,7 @@ ROWS = 64
 
 _SHARE_ROWS = 32
 STAGE_INPUTS = 256
+_FEWEST_COLUMNS = 32
 MOST_COLUMNS = 128
 """Of a tile: rows of x."""
 
@@ -31,21 +32,15 @@ _FEWEST_STAGED = 64
 class W4Cut:
     """How a product is cut: see w4_linear.cu.
 
-    columns: of a tile. parts: of a tile's columns, multiplied one behind the other. split: blocks that share a tile.
-    share: blocks that share x. widened: whether weights are made e4m3 in memory first, and not again for each tile.
-    ordered: whether the two halves of a block multiply by turns.
+    columns: of a tile, a power of two. split: blocks that share a tile.
     """
 
     columns: int
-    parts: int = 1
     split: int = 1
-    share: int = 1
-    widened: bool = False
-    ordered: bool = False
 
-    def fits(self, num_outputs: int, num_inputs: int) -> bool:
-        """Whether every block of every cluster has something to do."""
-        return num_outputs // (2 * ROWS) % self.share == 0 and -(-num_inputs // STAGE_INPUTS) >= self.split
+    def fits(self, num_inputs: int) -> bool:
+        """Whether every block of a cluster has something to do."""
+        return -(-num_inputs // STAGE_INPUTS) >= self.split
 
 
 def lies_well(coded: CodedCall) -> bool:
@@ -83,18 +78,20 @@ def takes(num_outputs: int, num_inputs: int, group_size: int) -> bool:
 
 
 def rule(coded: CodedCall) -> W4Cut:
-    """How to cut a product where nothing was measured."""
-    num_rows, num_outputs, num_inputs = coded.num_rows, coded.codes.weight.shape[0], coded.codes.num_inputs
-    columns = max(32, 1 << (min(num_rows, MOST_COLUMNS) - 1).bit_length())
-    tiles = num_outputs // (2 * ROWS) * -(-num_rows // columns)
-    multiprocessors = num_multiprocessors(coded.call.x)
-    if tiles >= 2 * multiprocessors:
-        shared = W4Cut(columns, share=2)
-        return shared if shared.fits(num_outputs, num_inputs) else W4Cut(columns)
-    for split in (4, 2):
-        if tiles * split <= multiprocessors and W4Cut(columns, split=split).fits(num_outputs, num_inputs):
-            return W4Cut(columns, split=split)
-    return W4Cut(columns)
+    """How to cut a product: as was quickest on an H200 for a published model's layers (bench/NOTES.md).
+
+    Blocks are made smaller while all of them still find a multiprocessor of their own: first narrower, where one tile
+    holds all rows of x, then by sharing tiles.
+    """
+    num_rows, multiprocessors = coded.num_rows, num_multiprocessors(coded.call.x)
+    columns = max(_FEWEST_COLUMNS, 1 << (min(num_rows, MOST_COLUMNS) - 1).bit_length())
+    tiles = coded.codes.weight.shape[0] // (2 * ROWS) * -(-num_rows // columns)
+    if num_rows <= columns == MOST_COLUMNS and 2 * tiles <= multiprocessors:
+        columns, tiles = columns // 2, 2 * tiles
+    if 2 * tiles > multiprocessors or not W4Cut(columns, 2).fits(coded.codes.num_inputs):
+        return W4Cut(columns)
+    narrower = columns > _FEWEST_COLUMNS and 4 * tiles <= multiprocessors
+    return W4Cut(columns // 2 if narrower else columns, 2)
 
 
 def rounds(coded: CodedCall) -> bool:
@@ -102,18 +99,12 @@ def rounds(coded: CodedCall) -> bool:
     return coded.activations is Activations.E4M3
 
 
-def sums_needed(coded: CodedCall, cut: W4Cut) -> int | None:
-    """Inputs of each sum of x that zero points ask for; None where they do not."""
-    return None if coded.codes.zero is None or cut.widened else unit(coded.codes)
-
-
 def layout(coded: CodedCall, cut: W4Cut) -> tuple[int, int]:
     """Stages of the ring, and bytes of shared memory."""
-    summed = sums_needed(coded, cut)
-    stage = ROWS * STAGE_INPUTS * (2 if cut.widened else 1) + cut.columns * STAGE_INPUTS * (1 if rounds(coded) else 2)
-    if summed is not None:
-        stage += -(-STAGE_INPUTS // summed * cut.columns * 4 // 1024) * 1024
+    stage = ROWS * STAGE_INPUTS + cut.columns * STAGE_INPUTS * (1 if rounds(coded) else 2)
+    if coded.codes.zero is not None:
+        stage += -(-STAGE_INPUTS // unit(coded.codes) * cut.columns * 4 // 1024) * 1024
     staged = cut.split == 1 and cut.columns >= _FEWEST_STAGED
-    rest = 256 * (cut.columns if summed is None else _FEWEST_STAGED) if staged else 0
+    rest = 256 * (cut.columns if coded.codes.zero is None else _FEWEST_STAGED) if staged else 0
     stages = min((_SHARED_BYTES - rest) // stage, _MOST_STAGES)
     return stages, stages * stage + rest

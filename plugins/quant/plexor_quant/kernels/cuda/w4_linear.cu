@@ -2,7 +2,7 @@
 //
 //   device memory    W, row-major, two nibbles a byte       x, its features in the order of w4_prepare.cu
 //        |  weight thread: a bulk tensor copy a stage,        |  activation thread: the same, but only after the
-//        v  waits for the previous kernel only with CODES     v  previous kernel has ended
+//        v  never waits for the previous kernel               v  previous kernel has ended
 //   shared memory    ring of stages {weight tile 128 x 256, x tile COLUMNS x 256, ZERO: sums of x}
 //        |  two warpgroups, each with 64 of the tile's rows: nibbles to registers, exactly widened to x's type
 //        v
@@ -11,29 +11,23 @@
 //        v
 //   registers        float32 totals -> (SPLIT > 1: added up over a cluster through shared memory) -> epilogue
 //
-// A tile is two groups of 64 weight rows at a distance of PAIR rows, which lie in shared memory eight and eight by turns,
-// as in the core's wide_linear.cu. While the tensor cores multiply 128 k, the next 128 are widened.
+// A tile is two groups of 64 weight rows at a distance of PAIR rows, which lie in shared memory eight and eight by
+// turns, as in the core's wide_linear.cu. While the tensor cores multiply 128 k, the next 128 are widened.
 //
 // A nibble n means n - 8, or with ZERO n less a zero point of its group: then sums start at (8 - zero) * sum of x over
 // the group, and not at 0.
 //
 // The compiler is given:
 //   COLUMNS   rows of x of a tile: 32, 64 or 128
-//   PARTS     1, or 2 to multiply a tile's columns in two halves, the scale of one being applied while the other is multiplied
-//   SPLIT     blocks of a cluster that share a tile, each with a part of k: 1, 2 or 4
-//   SHARE     blocks of a cluster that share x, each with a tile of its own: 1 or 2
+//   SPLIT     blocks of a cluster that share a tile, each with a part of k: 1 or 2
 //   GROUP     k of a sum that is scaled: 128, 64 or 32
-//   SPAN      such sums that share a scale; 0: all of a row's
-//   ORDERED   whether the warpgroups queue their products by turns, so that one multiplies while the other widens
 //   E4M3      x is e4m3 with a float32 scale for each row, else bfloat16, or with HALF float16
 //   HALF, EPILOGUE, NARROW   as in the core's wide_linear.cu
 //   ZERO      groups have zero points
-//   CODES     W is e4m3 already, [N, K], as w4_widen.cu makes it: wgmma takes it from shared memory
 
 constexpr int ROWS = 64;
 constexpr int CONSUMERS = 256;
 constexpr int THREADS = CONSUMERS + 128;
-constexpr int CLUSTER = SPLIT * SHARE;
 constexpr int TILES_N = COLUMNS / 8;
 constexpr int STAGE_K = 256;
 constexpr int STEP_K = 128;  // of which a lane holds widened weights
@@ -44,9 +38,7 @@ constexpr int STEP_MULTIPLIES = STEP_K / MULTIPLY_K;
 constexpr int UNITS = STEP_K / GROUP;        // sums of a step
 constexpr int STAGE_UNITS = STAGE_K / GROUP;
 constexpr int UNIT_MULTIPLIES = GROUP / MULTIPLY_K;
-constexpr int WEIGHT_BOXES = CODES ? 2 : 1;  // of a stage
-constexpr int WEIGHT_BOX_BYTES = 2 * ROWS * 128;
-constexpr int WEIGHT_BYTES = WEIGHT_BOXES * WEIGHT_BOX_BYTES;
+constexpr int WEIGHT_BYTES = 2 * ROWS * STAGE_K / 2;
 constexpr int X_BOX_BYTES = COLUMNS * 128;
 constexpr int X_BYTES = STAGE_K / BOX_K * X_BOX_BYTES;
 constexpr int SUM_BYTES = ZERO ? STAGE_UNITS * COLUMNS * 4 : 0;
@@ -58,14 +50,7 @@ constexpr int BAND = 8;  // column tiles that are multiplied by all weights befo
 constexpr int STAGED_COLUMNS = ZERO ? 64 : COLUMNS;  // at once
 constexpr int STAGED_BYTES = STAGED_COLUMNS * 128;  // of a warpgroup
 
-#define PART (COLUMNS / PARTS)  // columns of one wgmma
-constexpr int PART_SUMS = PART / 2;
-
 constexpr u64 EVICT_NORMAL = 0x1000000000000000ull;
-
-static_assert(SPLIT == 1 || SHARE == 1, "a cluster shares a tile or x");
-static_assert(!CODES || (E4M3 && !ZERO), "widened weights are e4m3, less their zero points");
-static_assert(PART >= 32, "a part has 32 columns at least");
 
 struct Coded {
   const u16* scale;           // bfloat16 [N, groups]
@@ -74,6 +59,7 @@ struct Coded {
   const float* sums;          // ZERO: of x, [units, sum_stride]
   int sum_stride;
   int num_groups;
+  int group_units;  // units of GROUP k that share a scale
   int share_rows;   // between the first rows of the two warpgroups
 };
 
@@ -90,64 +76,48 @@ struct Coded {
 #define FOUR(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define SIXTEEN(d, i) FOUR(d, i), FOUR(d, i + 4), FOUR(d, i + 8), FOUR(d, i + 12)
 
-// Where the weights of a wgmma are: in registers, or in shared memory.
-#if CODES
-typedef u64 Weights;
-#define WEIGHTS(a) "l"(a)
-#define TEXT(one, four) one
-#else
-typedef const u32* Weights;
-#define WEIGHTS(a) "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])
-#define TEXT(one, four) "{" four "}"
-#endif
-
-// Adds to d, or replaces it, the product of 64 rows and PART columns over MULTIPLY_K k.
-__device__ __forceinline__ void multiply(float* d, Weights a, u64 b, int adds) {
-#if PART == 32
+// Adds to d, or replaces it, the product of 64 rows and all columns over MULTIPLY_K k.
+__device__ __forceinline__ void multiply(float* d, const u32* a, u64 b, int adds) {
+#if COLUMNS == 32
   asm volatile(
-      "{\n.reg .pred adds;\nsetp.ne.b32 adds, %16, 0;\n"
+      "{\n.reg .pred adds;\nsetp.ne.b32 adds, %21, 0;\n"
       "wgmma.mma_async.sync.aligned.m64n32" KIND " "
       "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
-      TEXT("%18", "%18, %19, %20, %21") ", %17, " TAIL ";\n}"
+      "{%16, %17, %18, %19}, %20, " TAIL ";\n}"
       : SIXTEEN(d, 0)
-      : "r"(adds), "l"(b), WEIGHTS(a));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds));
 #endif
-#if PART == 64
+#if COLUMNS == 64
   asm volatile(
-      "{\n.reg .pred adds;\nsetp.ne.b32 adds, %32, 0;\n"
+      "{\n.reg .pred adds;\nsetp.ne.b32 adds, %37, 0;\n"
       "wgmma.mma_async.sync.aligned.m64n64" KIND " "
       "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-      TEXT("%34", "%34, %35, %36, %37") ", %33, " TAIL ";\n}"
+      "{%32, %33, %34, %35}, %36, " TAIL ";\n}"
       : SIXTEEN(d, 0),
         SIXTEEN(d, 16)
-      : "r"(adds), "l"(b), WEIGHTS(a));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds));
 #endif
-#if PART == 128
+#if COLUMNS == 128
   asm volatile(
-      "{\n.reg .pred adds;\nsetp.ne.b32 adds, %64, 0;\n"
+      "{\n.reg .pred adds;\nsetp.ne.b32 adds, %69, 0;\n"
       "wgmma.mma_async.sync.aligned.m64n128" KIND " "
       "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
       "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
       "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-      TEXT("%66", "%66, %67, %68, %69") ", %65, " TAIL ";\n}"
+      "{%64, %65, %66, %67}, %68, " TAIL ";\n}"
       : SIXTEEN(d, 0),
         SIXTEEN(d, 16),
         SIXTEEN(d, 32),
         SIXTEEN(d, 48)
-      : "r"(adds), "l"(b), WEIGHTS(a));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds));
 #endif
 }
 
 // Where wgmma finds rows of 128 bytes under the 128-byte swizzle: eight rows are 1024 bytes.
 __device__ __forceinline__ u64 operand(u32 address) {
   return (u64)((address & 0x3FFFF) >> 4) | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
-}
-
-template <int LEFT>
-__device__ __forceinline__ void wait_for_products() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
 }
 
 // Four words of each lane: word lane % 4 of row lane / 4 of four matrices of 8 rows of 16 bytes.
@@ -158,16 +128,15 @@ __device__ __forceinline__ void load_matrices(u32* words, u32 address) {
                : "memory");
 }
 
-// Bytes of {high, low} by the four low nibbles of the selector. A nibble beyond 7 gives the sign of byte n - 8, eight times.
+// Bytes of {high, low} by the four low nibbles of the selector. A nibble n beyond 7 gives the sign of byte n - 8, eight
+// times.
 __device__ __forceinline__ u32 permute(u32 low, u32 high, u32 selector) {
   u32 bytes;
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(low), "r"(high), "r"(selector));
   return bytes;
 }
 
-#if CODES
-constexpr float UNIT_VALUE = 1.0f;
-#elif E4M3
+#if E4M3
 constexpr float UNIT_VALUE = 256.0f;  // widened numbers are 1/256 of what they mean
 
 // Four nibbles, in order, to e4m3: n - 8, as a sign and 2 |n - 8|, which is linear up to 16.
@@ -209,14 +178,10 @@ __device__ __forceinline__ void widen_word(u32* a, u32 word) {
 }
 #endif
 
-// A step's weights of a warpgroup, whose rows begin there in shared memory. step: 0 or 1 of the stage.
-#if CODES
-__device__ __forceinline__ void prepare_weights(u32& a, u32 rows, int step) { a = rows + step * WEIGHT_BOX_BYTES; }
-#else
-__device__ __forceinline__ void prepare_weights(u32* a, u32 rows, int step) {
+// A lane's share of a step's weights. rows: where the warp's 16 rows begin in shared memory; step: 0 or 1 of the stage.
+__device__ __forceinline__ void load_weights(u32* a, u32 rows, int step, int lane) {
   u32 first[4], second[4];
-  const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-  const u32 address = rows + (warp * 16 + lane % 8) * 128 + ((step * 4 + lane / 8) ^ (lane % 8)) * 16;
+  const u32 address = rows + lane % 8 * 128 + ((step * 4 + lane / 8) ^ (lane % 8)) * 16;
   load_matrices(first, address);
   load_matrices(second, address + 8 * 128);
 #pragma unroll
@@ -225,30 +190,22 @@ __device__ __forceinline__ void prepare_weights(u32* a, u32 rows, int step) {
     widen_word(a + i * STEP_MULTIPLIES + 1, second[i]);
   }
 }
-#endif
 
-__device__ __forceinline__ void copy_weight(u32 target, const TensorMap* map, int share, int place, u32 barrier, u64 policy) {
+__device__ __forceinline__ void copy_weight(
+    u32 target, const TensorMap* map, int share, int box, u32 barrier, u64 policy) {
   asm volatile(
       "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
       "[%0], [%1, {%2, %3, %4, %5, %6}], [%7], %8;"
-      ::"r"(target), "l"(map), "r"(place), "r"(0), "r"(0), "r"(0), "r"(share), "r"(barrier), "l"(policy)
+      ::"r"(target), "l"(map), "r"(box * STAGE_K / 2), "r"(0), "r"(0), "r"(0), "r"(share), "r"(barrier), "l"(policy)
       : "memory");
 }
 
-// Rows of x of 128 bytes each; with SHARE to all blocks of the cluster.
+// Rows of x of 128 bytes each.
 __device__ __forceinline__ void copy_x(u32 target, const TensorMap* map, int place, int row, u32 barrier) {
-#if SHARE > 1
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
-      "[%0], [%1, {%2, %3}], [%4], %5;"
-      ::"r"(target), "l"(map), "r"(place), "r"(row), "r"(barrier), "h"((u16)((1 << SHARE) - 1))
-      : "memory");
-#else
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
       ::"r"(target), "l"(map), "r"(place), "r"(row), "r"(barrier)
       : "memory");
-#endif
 }
 
 __device__ __forceinline__ void copy_sums(u32 target, const float* sums, u32 barrier) {
@@ -279,35 +236,6 @@ __device__ __forceinline__ void add_remote(float* sums, u32 address) {
   for (int i = 0; i < 4; i++) sums[i] += four[i];
 }
 
-// The warpgroups queue their products by turns.
-__device__ __forceinline__ void wait_for_turn(int group) {
-  asm volatile("bar.sync %0, %1;" ::"r"(4 + group), "n"(CONSUMERS) : "memory");
-}
-
-__device__ __forceinline__ void pass_turn(int group) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(4 + group), "n"(CONSUMERS) : "memory");
-}
-
-// Brings a tile's residuals into the L2 while it is multiplied: all blocks want theirs at about the same time.
-__device__ __forceinline__ void prefetch_residual(const Arguments& a, int column, int row) {
-#if EPILOGUE == ADD
-  const int m = column + threadIdx.x / 2;
-  const u16* residual = (const u16*)a.residual + m * a.residual_stride + row + threadIdx.x % 2 * a.pair;
-  if (threadIdx.x < 2 * COLUMNS && m < a.num_rows) asm volatile("prefetch.global.L2 [%0];" ::"l"(residual));
-#endif
-}
-
-// One thread of each warpgroup says that a stage has been read, to all blocks that write it.
-__device__ __forceinline__ void release(u32 barrier) {
-#if SHARE > 1
-#pragma unroll
-  for (int rank = 0; rank < SHARE; rank++)
-    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(remote(barrier, rank)) : "memory");
-#else
-  barrier_arrive(barrier);
-#endif
-}
-
 // A tile of weight rows and a tile of columns.
 struct Tile {
   int row_tile;
@@ -315,10 +243,10 @@ struct Tile {
 };
 
 // The item-th of all tiles: a band of columns after the other.
-__device__ __forceinline__ Tile tile_of(int item, int num_row_tiles, int num_column_tiles, int rank) {
-  const int units = num_row_tiles / SHARE, band = item / (units * BAND), rest = item - band * units * BAND;
+__device__ __forceinline__ Tile tile_of(int item, int num_row_tiles, int num_column_tiles) {
+  const int band = item / (num_row_tiles * BAND), rest = item - band * num_row_tiles * BAND;
   const int width = min(BAND, num_column_tiles - band * BAND);
-  return {rest / width * SHARE + (SHARE > 1 ? rank : 0), band * BAND + rest % width};
+  return {rest / width, band * BAND + rest % width};
 }
 
 // The first row of a tile. Pairs closer than half a tile lie in a tile two and two.
@@ -332,20 +260,16 @@ struct Grid {
   unsigned char zero[ZERO ? STAGE_UNITS : 1][2];
 };
 
-// row: where the first row's scales begin; pair: how much further the second's do.
 __device__ __forceinline__ void load_grid(Grid& grid, const Coded& c, int row, int pair, int box) {
 #pragma unroll
   for (int unit = 0; unit < STAGE_UNITS; unit++) {
-#if SPAN
-    const int first = row + min((box * STAGE_UNITS + unit) / SPAN, c.num_groups - 1);
-#else
-    const int first = row;
-#endif
+    const int group = min((box * STAGE_UNITS + unit) / c.group_units, c.num_groups - 1);
+    const long long first = (long long)row * c.num_groups + group, second = first + (long long)pair * c.num_groups;
     grid.scale[unit][0] = c.scale[first];
-    grid.scale[unit][1] = c.scale[first + pair];
+    grid.scale[unit][1] = c.scale[second];
 #if ZERO
     grid.zero[unit][0] = c.zero[first];
-    grid.zero[unit][1] = c.zero[first + pair];
+    grid.zero[unit][1] = c.zero[second];
 #endif
   }
 }
@@ -357,7 +281,7 @@ __device__ __forceinline__ void start_sums(float* sums, const Grid& grid, int un
 #if ZERO
   const float first = (8.0f - grid.zero[unit][0]) / UNIT_VALUE, second = (8.0f - grid.zero[unit][1]) / UNIT_VALUE;
 #pragma unroll
-  for (int n = 0; n < PART / 8; n++) {
+  for (int n = 0; n < TILES_N; n++) {
     const float2 x = *(const float2*)(x_sums + n * 8 + lane % 4 * 2);
     sums[n * 4] = first * x.x;
     sums[n * 4 + 1] = first * x.y;
@@ -367,22 +291,13 @@ __device__ __forceinline__ void start_sums(float* sums, const Grid& grid, int un
 #endif
 }
 
-// A step's weights: registers, or where they are in shared memory; and those of its k-th wgmma.
-#if CODES
-typedef u32 StepWeights;
-__device__ __forceinline__ Weights of_multiply(StepWeights a, int k) { return operand(a) + k * 2; }
-#else
-typedef const u32* StepWeights;
-__device__ __forceinline__ Weights of_multiply(StepWeights a, int k) { return a + 4 * k; }
-#endif
-
-// Queues the products of one unit, or half of the columns of it.
-__device__ __forceinline__ void multiply_unit(float* sums, StepWeights a, u32 x, int unit) {
+// Queues the products of one unit.
+__device__ __forceinline__ void multiply_unit(float* sums, const u32* a, u32 x, int unit) {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
   for (int i = 0; i < UNIT_MULTIPLIES; i++) {
     const int k = unit * UNIT_MULTIPLIES + i;
-    multiply(sums, of_multiply(a, k), operand(x + k / 4 * X_BOX_BYTES) + k % 4 * 2, ZERO || i > 0);
+    multiply(sums, a + 4 * k, operand(x + k / 4 * X_BOX_BYTES) + k % 4 * 2, ZERO || i > 0);
   }
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
@@ -390,9 +305,9 @@ __device__ __forceinline__ void multiply_unit(float* sums, StepWeights a, u32 x,
 // Adds scaled sums to the totals; their products must have been waited for.
 __device__ __forceinline__ void fold(float* totals, float* sums, float first, float second) {
 #pragma unroll
-  for (int i = 0; i < PART_SUMS; i++) asm volatile("" : "+f"(sums[i])::"memory");
+  for (int i = 0; i < TILES_N * 4; i++) asm volatile("" : "+f"(sums[i])::"memory");
 #pragma unroll
-  for (int i = 0; i < PART_SUMS; i += 4) {
+  for (int i = 0; i < TILES_N * 4; i += 4) {
     totals[i] = fmaf(first, sums[i], totals[i]);
     totals[i + 1] = fmaf(first, sums[i + 1], totals[i + 1]);
     totals[i + 2] = fmaf(second, sums[i + 2], totals[i + 2]);
@@ -425,7 +340,8 @@ __device__ __forceinline__ uint4 narrow_eight(const float* v) {
   return {narrow_two(v[0], v[1]), narrow_two(v[2], v[3]), narrow_two(v[4], v[5]), narrow_two(v[6], v[7])};
 }
 
-// What the epilogue of eight pairs of rows of a token needs: ADD: residuals; ROTARY: cosines and sines.
+// What the epilogue of eight pairs of rows of a token needs: ADD: residuals; ROTARY: cosines and sines. What earlier
+// kernels wrote is read from the L2, as in linear.cuh.
 struct EightOperands {
   uint4 words[4];
   long long slot;
@@ -435,15 +351,15 @@ __device__ __forceinline__ EightOperands load_eight(const Arguments& a, int m, i
   EightOperands operands = {};
 #if EPILOGUE == ADD
   const u16* residual = (const u16*)a.residual + m * a.residual_stride + row;
-  operands.words[0] = *(const uint4*)residual;
-  operands.words[1] = *(const uint4*)(residual + a.pair);
+  operands.words[0] = __ldcg((const uint4*)residual);
+  operands.words[1] = __ldcg((const uint4*)(residual + a.pair));
 #elif EPILOGUE == ROTARY
-  const long long angle = a.positions[m] * a.pair + row % a.pair;
+  const long long angle = __ldcg(a.positions + m) * a.pair + row % a.pair;
   operands.words[0] = ((const uint4*)(a.cos + angle))[0];
   operands.words[1] = ((const uint4*)(a.cos + angle))[1];
   operands.words[2] = ((const uint4*)(a.sin + angle))[0];
   operands.words[3] = ((const uint4*)(a.sin + angle))[1];
-  operands.slot = a.slots[m];
+  operands.slot = __ldcg(a.slots + m);
 #endif
   return operands;
 }
@@ -485,7 +401,8 @@ __device__ __forceinline__ void store_head_eight(
   const int kv_head = head - a.num_heads;
   const bool is_key = kv_head < a.num_kv_heads;
   void* cache = is_key ? a.keys : a.values;
-  const long long entry = operands.slot * a.entry_stride + (is_key ? kv_head : kv_head - a.num_kv_heads) * size + feature;
+  const long long entry =
+      operands.slot * a.entry_stride + (is_key ? kv_head : kv_head - a.num_kv_heads) * size + feature;
   store_eight_entries(cache, entry, low);
   store_eight_entries(cache, entry + half, high);
 }
@@ -532,7 +449,7 @@ __device__ __forceinline__ uint4 load_shared(u32 address) {
 
 // The epilogue of a warpgroup's share of a tile, through shared memory, so that 64 bytes of a token are stored at once.
 //
-// rows: where the warpgroup's first group begins; target: the warpgroup's memory, 128 bytes a token, 16 bytes of which are
+// rows: where the warpgroup's first group begins; target: the warpgroup's memory, 128 bytes a token, 16 of which are
 // eight rows: those of the first group, then those of the second, swizzled as the copy engine does it. All operands are
 // asked for before the first is needed.
 __device__ __forceinline__ void finish_staged(
@@ -556,7 +473,7 @@ __device__ __forceinline__ void finish_staged(
 #pragma unroll
     for (int e = 0; e < 2; e++) {
       const int m = column + n * 8 + lane % 4 * 2 + e;
-      scale[n][e] = !E4M3 ? UNIT_VALUE : m < a.num_rows ? UNIT_VALUE * c.token_scale[m] : 0.0f;
+      scale[n][e] = !E4M3 ? UNIT_VALUE : m < a.num_rows ? UNIT_VALUE * __ldcg(c.token_scale + m) : 0.0f;
     }
 #pragma unroll
   for (int part = 0; part < COLUMNS / STAGED_COLUMNS; part++) {
@@ -567,7 +484,8 @@ __device__ __forceinline__ void finish_staged(
 #pragma unroll
       for (int i = 0; i < 4; i++) {
         const float* sum = totals + (n + i / 2) * 4 + i % 2 * 2;
-        matrices[i] = narrow_two(sum[0] * scale[n + i / 2][0] + bias[i % 2], sum[1] * scale[n + i / 2][1] + bias[i % 2]);
+        const float* own = scale[n + i / 2];
+        matrices[i] = narrow_two(sum[0] * own[0] + bias[i % 2], sum[1] * own[1] + bias[i % 2]);
       }
       const int token = (n % (STAGED_COLUMNS / 8) + lane / 16) * 8 + lane % 8;
       const int chunk = (lane / 8 % 2 * 4 + warp) ^ (lane % 8);
@@ -606,7 +524,7 @@ __device__ __forceinline__ void load_columns(
       const int m = column + n * 8 + e;
       if (m >= a.num_rows) continue;
       columns.operands[n][e] = load_operands(a, m, row);
-      columns.scale[n][e] = E4M3 ? UNIT_VALUE * c.token_scale[m] : UNIT_VALUE;
+      columns.scale[n][e] = E4M3 ? UNIT_VALUE * __ldcg(c.token_scale + m) : UNIT_VALUE;
     }
 }
 
@@ -633,21 +551,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) w4_linear(
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const u32 base = shared_address(ring), full = shared_address(barriers), empty = full + 8 * MOST_STAGES;
   const int num_row_tiles = a.num_outputs / (2 * ROWS), num_column_tiles = (a.num_rows + COLUMNS - 1) / COLUMNS;
-  const int num_boxes = (a.num_inputs + STAGE_K - 1) / STAGE_K, num_items = num_row_tiles / SHARE * num_column_tiles;
-  const int rank = blockIdx.x % CLUSTER, part = SPLIT > 1 ? rank : 0;
-  const int first_box = num_boxes * part / SPLIT, end_box = num_boxes * (part + 1) / SPLIT;
-  const int first_item = blockIdx.x / CLUSTER, item_step = gridDim.x / CLUSTER;
+  const int num_boxes = (a.num_inputs + STAGE_K - 1) / STAGE_K, num_items = num_row_tiles * num_column_tiles;
+  const int rank = blockIdx.x % SPLIT;
+  const int first_box = num_boxes * rank / SPLIT, end_box = num_boxes * (rank + 1) / SPLIT;
+  const int first_item = blockIdx.x / SPLIT, item_step = gridDim.x / SPLIT;
   if (threadIdx.x == 0) {
     for (int i = 0; i < a.stages; i++) {
       barrier_init(full + 8 * i, 2);
-      barrier_init(empty + 8 * i, 2 * SHARE);
+      barrier_init(empty + 8 * i, 2);
     }
     asm volatile("fence.mbarrier_init.release.cluster;");
   }
   __syncthreads();
-#if SHARE > 1
-  cluster_barrier();
-#endif
   let_next_kernel_start();
   int stage = 0;
   u32 phase = 0;
@@ -658,19 +573,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) w4_linear(
 #endif
     if (warp == CONSUMERS / 32 && lane == 0) {
       const u64 policy = num_column_tiles > 1 ? EVICT_NORMAL : EVICT_FIRST;  // weights may be wanted again
-#if CODES
-      wait_for_previous_kernel();  // it has made the weights
-      asm volatile("fence.proxy.async;" ::: "memory");
-#endif
       for (int item = first_item; item < num_items; item += item_step) {
-        const Tile tile = tile_of(item, num_row_tiles, num_column_tiles, rank);
+        const Tile tile = tile_of(item, num_row_tiles, num_column_tiles);
         const int first_share = row_of(tile.row_tile, a) / c.share_rows;
         for (int box = first_box; box < end_box; box++) {
           barrier_wait(empty + 8 * stage, phase ^ 1);
           barrier_expect(full + 8 * stage, WEIGHT_BYTES);
-          for (int i = 0; i < WEIGHT_BOXES; i++)
-            copy_weight(base + stage * STAGE_BYTES + i * WEIGHT_BOX_BYTES, &weight_map, first_share,
-                        (box * WEIGHT_BOXES + i) * 128, full + 8 * stage, policy);
+          copy_weight(base + stage * STAGE_BYTES, &weight_map, first_share, box, full + 8 * stage, policy);
           if (++stage == a.stages) stage = 0, phase ^= 1;
         }
       }
@@ -678,15 +587,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) w4_linear(
       wait_for_previous_kernel();
       if (lane == 0) {
         asm volatile("fence.proxy.async;" ::: "memory");
-        const int share = SHARE > 1 ? rank * (COLUMNS / SHARE) : 0;
         for (int item = first_item; item < num_items; item += item_step) {
-          const int column = tile_of(item, num_row_tiles, num_column_tiles, rank).column * COLUMNS;
+          const int column = tile_of(item, num_row_tiles, num_column_tiles).column * COLUMNS;
           for (int box = first_box; box < end_box; box++) {
             const u32 barrier = full + 8 * stage, target = base + stage * STAGE_BYTES + WEIGHT_BYTES;
             barrier_wait(empty + 8 * stage, phase ^ 1);
             barrier_expect(barrier, X_BYTES + SUM_BYTES);
             for (int i = 0; i < STAGE_K / BOX_K; i++)
-              copy_x(target + i * X_BOX_BYTES + share * 128, &x_map, box * STAGE_K + i * BOX_K, column + share, barrier);
+              copy_x(target + i * X_BOX_BYTES, &x_map, box * STAGE_K + i * BOX_K, column, barrier);
 #if ZERO
             for (int unit = 0; unit < STAGE_UNITS; unit++)
               copy_sums(target + X_BYTES + unit * COLUMNS * 4,
@@ -697,76 +605,62 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) w4_linear(
         }
       }
     }
-    for (int i = 0; i < (SPLIT > 1) + (CLUSTER > 1); i++) cluster_barrier();  // as the consumers do
+    for (int i = 0; SPLIT > 1 && i < 2; i++) cluster_barrier();  // as the consumers do
   } else {
 #if COLUMNS == 128
     asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
 #endif
     float sums[TILES_N * 4];
     alignas(16) float totals[TILES_N * 4];
-#if CODES
-    u32 weights[2];
-#else
     u32 weights[2][4 * STEP_MULTIPLIES];
-#endif
     Grid grid, next_grid;
-    const u32 group_rows = base + group * 64 * 128;
-    const int grid_pair = a.pair * c.num_groups;
-    int grid_row = (row_of(tile_of(first_item, num_row_tiles, num_column_tiles, rank).row_tile, a) + row) * c.num_groups;
-    load_grid(next_grid, c, grid_row, grid_pair, first_box);
-    if (ORDERED && group == 1) pass_turn(0);
+    const u32 warp_rows = base + (group * 64 + warp % 4 * 16) * 128;
+    if (first_item < num_items)
+      load_grid(next_grid, c, row_of(tile_of(first_item, num_row_tiles, num_column_tiles).row_tile, a) + row, a.pair,
+                first_box);
     wait_for_previous_kernel();
     for (int item = first_item; item < num_items; item += item_step) {
-      const Tile tile = tile_of(item, num_row_tiles, num_column_tiles, rank);
+      const Tile tile = tile_of(item, num_row_tiles, num_column_tiles);
       const int first_row = row_of(tile.row_tile, a) + row;
 #pragma unroll
       for (int i = 0; i < TILES_N * 4; i++) totals[i] = 0.0f;
-      prefetch_residual(a, tile.column * COLUMNS, row_of(tile.row_tile, a));
-      const Tile next_tile = tile_of(min(item + item_step, num_items - 1), num_row_tiles, num_column_tiles, rank);
-      const int next_grid_row = (row_of(next_tile.row_tile, a) + row) * c.num_groups;
       barrier_wait(full + 8 * stage, phase);
-      prepare_weights(weights[0], group_rows + stage * STAGE_BYTES, 0);
+      load_weights(weights[0], warp_rows + stage * STAGE_BYTES, 0, lane);
       for (int box = first_box; box < end_box; box++) {
         grid = next_grid;
-        const bool is_last = box + 1 == end_box;
-        load_grid(next_grid, c, is_last ? next_grid_row : grid_row, grid_pair, is_last ? first_box : box + 1);
+        if (box + 1 < end_box) {
+          load_grid(next_grid, c, first_row, a.pair, box + 1);
+        } else if (item + item_step < num_items) {
+          const Tile next = tile_of(item + item_step, num_row_tiles, num_column_tiles);
+          load_grid(next_grid, c, row_of(next.row_tile, a) + row, a.pair, first_box);
+        }
         const u32 x = base + stage * STAGE_BYTES + WEIGHT_BYTES;
         const float* x_sums = (const float*)(ring + stage * STAGE_BYTES + WEIGHT_BYTES + X_BYTES);
         const int this_stage = stage;
         if (++stage == a.stages) stage = 0, phase ^= 1;
 #pragma unroll
         for (int step = 0; step < 2; step++) {
-          if (ORDERED) wait_for_turn(group);
           const u32 step_x = x + step * (STEP_K / BOX_K) * X_BOX_BYTES;
 #pragma unroll
           for (int u = 0; u < UNITS; u++) {
             const int unit = step * UNITS + u;
             const float first = from_bfloat16(grid.scale[unit][0]), second = from_bfloat16(grid.scale[unit][1]);
-#pragma unroll
-            for (int p = 0; p < PARTS; p++) {
-              start_sums(sums + p * PART_SUMS, grid, unit, x_sums + unit * COLUMNS + p * PART, lane);
-              multiply_unit(sums + p * PART_SUMS, weights[step], step_x + p * PART * 128, u);
-            }
+            start_sums(sums, grid, unit, x_sums + unit * COLUMNS, lane);
+            multiply_unit(sums, weights[step], step_x, u);
             if (u == UNITS - 1) {
-              if (ORDERED) pass_turn(group ^ 1);
               if (step == 0) {
-                prepare_weights(weights[1], group_rows + this_stage * STAGE_BYTES, 1);
-              } else if (!is_last) {
+                load_weights(weights[1], warp_rows + this_stage * STAGE_BYTES, 1, lane);
+              } else if (box + 1 < end_box) {
                 barrier_wait(full + 8 * stage, phase);
-                prepare_weights(weights[0], group_rows + stage * STAGE_BYTES, 0);
+                load_weights(weights[0], warp_rows + stage * STAGE_BYTES, 0, lane);
               }
             }
-#if PARTS == 2
-            wait_for_products<1>();
+            asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+            if (unit == STAGE_UNITS - 1 && threadIdx.x % 128 == 0) barrier_arrive(empty + 8 * this_stage);
             fold(totals, sums, first, second);
-#endif
-            wait_for_products<0>();
-            if (unit == STAGE_UNITS - 1 && threadIdx.x % 128 == 0) release(empty + 8 * this_stage);
-            fold(totals + (PARTS - 1) * PART_SUMS, sums + (PARTS - 1) * PART_SUMS, first, second);
           }
         }
       }
-      grid_row = next_grid_row;
 #if STAGED
       finish_staged(a, c, totals, tile.column * COLUMNS, row_of(tile.row_tile, a) + group * c.share_rows,
                     base + a.stages * STAGE_BYTES + group * STAGED_BYTES, group, warp % 4, lane);
@@ -777,11 +671,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) w4_linear(
       store_columns(columns, a, totals, column, first_row);
 #endif
     }
-    if (ORDERED && group == 0) wait_for_turn(0);  // which the other passes on at its end
 #if SPLIT > 1
     // The ring is drained: its memory holds each thread's totals for the other blocks of the cluster.
     constexpr int OWN = TILES_N / SPLIT;  // times eight columns that this block finishes
-    const Tile tile = tile_of(first_item, num_row_tiles, num_column_tiles, rank);
+    const Tile tile = tile_of(first_item, num_row_tiles, num_column_tiles);
     const int first_row = row_of(tile.row_tile, a) + row;
     const int column = tile.column * COLUMNS + rank * OWN * 8 + lane % 4 * 2;
     ColumnOperands<OWN> columns;
@@ -799,9 +692,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) w4_linear(
       for (int n = 0; n < OWN; n++) add_remote(sums + n * 4, there + n * CONSUMERS * 16);
     }
     store_columns(columns, a, sums, column, first_row);
-#endif
-#if SPLIT * SHARE > 1
-    cluster_barrier();  // no block ends while another may still write or read its memory
+    cluster_barrier();  // no block ends while another may still read its memory
 #endif
   }
 }

@@ -6,8 +6,8 @@
 //   e4m3         place 16 h + 4 t + i             holds feature 8 t + 4 h + i
 //   16 bits      place 16 j + 8 h + 2 t + e       holds feature 8 t + 2 j + h + 4 e
 //
-// The compiler is given: THREADS, CHUNKS (eight features each that a thread takes), NORM, E4M3, HALF, and UNIT: features
-// whose sum is wanted, or 0.
+// The compiler is given: THREADS, CHUNKS (eight features each that a thread takes), NORM, E4M3, HALF, and UNIT:
+// features whose sum is wanted, or 0.
 
 struct Row {
   const void* x;     // [T, K]
@@ -95,6 +95,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) w4_prepare(const __grid_co
   __shared__ float shared[2][THREADS / 32];
   uint4 raw[CHUNKS];
   let_next_kernel_start();
+  wait_for_previous_kernel();
+  const u16* x = (const u16*)r.x + blockIdx.x * r.x_stride;
+#pragma unroll
+  for (int c = 0; c < CHUNKS; c++) {
+    const int feature = (c * THREADS + threadIdx.x) * 8;
+    raw[c] = feature < r.num_inputs ? __ldcg((const uint4*)(x + feature)) : uint4{};
+  }
 #if NORM
   uint4 gains[CHUNKS];
 #pragma unroll
@@ -102,15 +109,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) w4_prepare(const __grid_co
     const int feature = (c * THREADS + threadIdx.x) * 8;
     gains[c] = feature < r.num_inputs ? *(const uint4*)((const u16*)r.gain + feature) : uint4{};
   }
-#endif
-  wait_for_previous_kernel();
-  const u16* x = (const u16*)r.x + blockIdx.x * r.x_stride;
-#pragma unroll
-  for (int c = 0; c < CHUNKS; c++) {
-    const int feature = (c * THREADS + threadIdx.x) * 8;
-    raw[c] = feature < r.num_inputs ? *(const uint4*)(x + feature) : uint4{};
-  }
-#if NORM
   float squares = 0.0f;
 #pragma unroll
   for (int c = 0; c < CHUNKS; c++) {
@@ -137,7 +135,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) w4_prepare(const __grid_co
   for (int c = 0; c < CHUNKS; c++)
     largest = larger_two(larger_two(larger_two(larger_two(largest, raw[c].x), raw[c].y), raw[c].z), raw[c].w);
   const float magnitude = reduce<true>(fmaxf(widen((u16)largest), widen((u16)(largest >> 16))), shared[1]);
-  const float scale = fmaxf(__fdiv_rn(magnitude, LARGEST), SMALLEST_SCALE), inverse = __fdiv_rn(1.0f, scale);
+  const float scale = fmaxf(magnitude * (1.0f / LARGEST), SMALLEST_SCALE);  // as torch divides by a number on the host
+  const float inverse = __fdiv_rn(1.0f, scale);
   if (threadIdx.x == 0) r.scale[blockIdx.x] = scale;
 #endif
 #pragma unroll
