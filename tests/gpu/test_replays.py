@@ -62,7 +62,8 @@ def test_replays_give_the_same_logits(model: Engine, count: int) -> None:
     core = model.core
     runner = core._ranks.rank.runner
     state, steps = runner._state, runner._decodes
-    lengths = [2060, *(4 + 3 * index for index in range(1, count))]
+    # After some 20 steps none of them is about to begin a block, which only the scheduler could give it.
+    lengths = [2056, *(8 + 16 * index for index in range(count - 1))]
     prompts = [[(place * 13 + index) % 5000 + 3 for place in range(length)] for index, length in enumerate(lengths)]
     asked = [one for prompt in prompts for one in model._ask(prompt, LONG)]
     for _ in range(20):
@@ -73,11 +74,13 @@ def test_replays_give_the_same_logits(model: Engine, count: int) -> None:
     slots = steps._slots[:count]
     kept = [(tensor, tensor.clone()) for tensor in (state.lengths, state.steps, state.tokens)]
     positions = state.lengths[slots].long()
+    assert bool((positions % state.block_size > 0).all()), "the newest entry has no block yet"
     blocks = state.block_table[slots].gather(1, (positions // state.block_size).unsqueeze(1)).squeeze(1).long()
     places = blocks * state.block_size + positions % state.block_size
     entries = [entry.view(-1, *entry.shape[2:]) for layer in runner._cache for entry in layer.values()]
     expected: Tensor | None = None
     different = torch.zeros((), dtype=torch.int64, device="cuda")
+    furthest = torch.zeros(count, device="cuda")
     for _ in range(REPLAYS):
         for tensor, value in kept:
             tensor.copy_(value)
@@ -87,8 +90,11 @@ def test_replays_give_the_same_logits(model: Engine, count: int) -> None:
         if expected is None:
             expected = logits.clone()
         different += (logits != expected).any()
+        off = torch.linalg.vector_norm(logits.float() - expected.float(), dim=1)
+        furthest = torch.maximum(furthest, off / torch.linalg.vector_norm(expected.float(), dim=1))
     for one in asked:
         core.finish(one.request.id, "abort")
     while core.has_work:
         model.step()
-    assert int(different) == 0, f"{int(different)} of {REPLAYS} replays differ"
+    rows = {row: f"{off:.1e}" for row, off in enumerate(furthest.tolist()) if off != 0}
+    assert int(different) == 0, f"{int(different)} of {REPLAYS} replays differ, rows by as much of their norm: {rows}"
