@@ -29,21 +29,24 @@ from torch import Tensor
 
 from plexor.extension import builtin
 from plexor.kernels.cuda import call as calls
-from plexor.kernels.cuda.choice import Cut, Stream, Wide, possible
+from plexor.kernels.cuda.choice import Cut, Stream, possible
 from plexor.kernels.cuda.stream_linear import StreamLinear
-from plexor.kernels.cuda.wide_linear import WideLinear
+from plexor.kernels.cuda.tiled_layout import TiledCut
+from plexor.kernels.cuda.tiled_linear import TiledLinear
 from plexor.kernels.reference.kv_write import saturated
 from plexor.kernels.reference.rms_norm import rms_norm
 from plexor.kernels.samples import name_of
 from plexor.kernels.table import KernelTable
+from plexor.kernels.tuning import Product
 
-KERNELS = {"stream_linear": Stream, "wide_linear": Wide}
+KERNELS = {"stream_linear": Stream, "tiled_linear": TiledCut}
 EPS = 1e-5
 BLOCK_SIZE = 16
 POSITIONS = 64
 STREAM_CUTS = tuple(Stream(blocks, depth) for blocks, depth in every((1, 2), (256, 512)))
 STREAM_ROWS = (1, 2, 8, 9, 16)
-WIDE_ROWS = (17, 33, 64, 100, 128, 200)
+TILED_CUTS = (TiledCut(64), TiledCut(112), TiledCut(224), TiledCut(32, 2), TiledCut(96, 2))
+TILED_ROWS = (17, 33, 64, 100, 128, 200)
 OPS = ("linear", "norm_linear", "linear_add", "norm_gated_linear", "norm_rotary_linear")
 # Rings are filled more than once; what a step or a stage takes does not divide them.
 INPUTS, FEW_INPUTS = 3008, 320
@@ -93,16 +96,24 @@ def cases(num_multiprocessors: int) -> Iterator[Case]:
         yield from sized(Case(cut, op, rows, tile * num_tiles, FEW_INPUTS if is_many else INPUTS), is_many)
     for cut, op in every(STREAM_CUTS, ("norm_linear", "linear_add")):
         yield Case(cut, op, 1, 48 * cut.blocks, cut.depth * 64 + 64)  # one row, but too long to be kept
-    for split, rows, op, is_many in every((1, 2), WIDE_ROWS, OPS, (False, True)):
+    for cut, rows, op, is_many in every(TILED_CUTS, TILED_ROWS, OPS, (False, True)):
         if op != "norm_linear":
             num_tiles = num_multiprocessors + 3 if is_many else 3
-            yield from sized(Case(Wide(split), op, rows, 128 * num_tiles, 192 if is_many else 1600), is_many)
+            case = Case(cut, op, rows, cut.outputs * num_tiles, 192 if is_many else 1600)
+            yield from filter(fits, sized(case, is_many))
     for cut, op in every((Stream(2, 256), Stream(1, 512)), OPS):
         for rows in STREAM_ROWS:
             yield from sized(Case(cut, op, rows, 48 * cut.blocks, 448, torch.float16), is_many=False)
-    for rows, op in every(WIDE_ROWS, OPS):
+    for rows, op in every(TILED_ROWS, OPS):
         if op != "norm_linear":
-            yield from sized(Case(Wide(2), op, rows, 384, 448, torch.float16), is_many=False)
+            yield from filter(fits, sized(Case(TiledCut(64, 2), op, rows, 384, 448, torch.float16), is_many=False))
+
+
+def fits(case: Case) -> bool:
+    """Whether a case of tiled_linear can be cut so."""
+    pairs = {"norm_gated_linear": case.outputs // 2, "norm_rotary_linear": case.heads and case.heads[2] // 2}
+    product = Product(case.op, case.outputs, case.inputs, name_of(case.dtype))
+    return case.cut in possible(product, case.rows, pairs.get(case.op))
 
 
 def sized(case: Case, is_many: bool) -> Iterator[Case]:
@@ -110,7 +121,7 @@ def sized(case: Case, is_many: bool) -> Iterator[Case]:
     if case.op != "norm_rotary_linear":
         yield case
         return
-    of_few, of_many = (256, 128) if isinstance(case.cut, Wide) else (64, 32)
+    of_few, of_many = (256, 128) if isinstance(case.cut, TiledCut) else (64, 32)
     size = of_many if is_many else of_few
     num_heads = max(-(-case.outputs // size), 4)
     for narrow in (False, True):
@@ -154,7 +165,7 @@ class Launcher:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = StreamLinear()
-        self._wide = WideLinear()
+        self._tiled = TiledLinear()
         self._table = KernelTable(builtin.ops(), builtin.kernels())
 
     def check(self, case: Case) -> str | None:
@@ -179,7 +190,7 @@ class Launcher:
     def _launch(self, case: Case, here: Operands) -> Tensor:
         """The second launch overlaps the first, and writes what it wrote."""
         normed = case.op.startswith("norm")
-        if normed and isinstance(case.cut, Wide):  # whose norm is a kernel of its own, which is not looked at here
+        if normed and isinstance(case.cut, TiledCut):  # whose norm is a kernel of its own, which is not looked at here
             here = replace(here, x=rms_norm(here.x.cpu(), here.gain.cpu(), EPS).to(self._device))
         call = described(case, here)
         call.y.copy_(torch.full(call.y.shape, float("nan"), dtype=case.dtype))
@@ -188,8 +199,8 @@ class Launcher:
         for _ in range(2):
             if isinstance(case.cut, Stream):
                 self._stream.launch(call, case.cut)
-            elif isinstance(case.cut, Wide):
-                self._wide.launch(replace(call, norm=None), case.cut)
+            elif isinstance(case.cut, TiledCut):
+                self._tiled.launch(replace(call, norm=None), case.cut)
         torch.cuda.synchronize()
         return call.y
 

@@ -235,7 +235,9 @@ def provider(layer: Layer, cut: Cut) -> Multiply:
 
 
 def _providers() -> Mapping[str, str]:
-    return {kernel.op: kernel.load for kernel in builtin.kernels() if kernel.provider == PROVIDER}
+    """Of the ops that multiply."""
+    kernels = (kernel for kernel in builtin.kernels() if kernel.provider == PROVIDER)
+    return {kernel.op: kernel.load for kernel in kernels if kernel.op.endswith("linear") or kernel.op == "linear_add"}
 
 
 def draw(layer: Layer, device: torch.device) -> Tensor:

@@ -13,7 +13,7 @@ DEVICE = torch.device("cuda")
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 @pytest.mark.skipif(find_spec("cuda") is None, reason="there is no cuda.bindings")
-@pytest.mark.parametrize("kernel", ["stream_linear", "wide_linear"])
+@pytest.mark.parametrize("kernel", ["stream_linear", "tiled_linear"])
 def test_every_cut_agrees_with_the_reference(kernel: str) -> None:
     from bench import sanitize
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from plexor.kernels import tuning
-from plexor.kernels.cuda.choice import Cut, Stream, Wide, as_choice, choose, possible, rule
+from plexor.kernels.cuda.choice import Cut, Stream, as_choice, choose, possible, rule
 from plexor.kernels.cuda.tiled_layout import TiledCut
 from plexor.kernels.tuning import Choice, Product
 
@@ -34,22 +34,16 @@ def test_tiles_of_few_rows_are_whole(num_rows: int, outputs: int, pair: int | No
     assert {cut.blocks for cut in cuts if isinstance(cut, Stream)} == blocks
 
 
-def test_more_rows_take_tiles_of_128_or_others_or_the_library() -> None:
-    everything: tuple[Cut, ...] = (None, Wide(1), Wide(2))
-    assert possible(QKV, 17, 64)[:3] == possible(QKV, 256, None)[:3] == everything
+def test_more_rows_take_tiles_or_the_library() -> None:
+    assert possible(QKV, 17, 64)[0] is None
+    assert {TiledCut(64), TiledCut(96, 2)} < set(possible(QKV, 256, 64))
     assert possible(QKV, 257, 64) == possible(QKV, 64, 20) == (None,)
-    assert TiledCut(96, 2) in possible(QKV, 17, 64)
-    uneven = possible(Product("linear", 6208, 4096, "bfloat16"), 64, None)
-    assert uneven[0] is None
-    assert {type(cut) for cut in uneven[1:]} == {TiledCut}
 
 
 def test_blocks_that_share_a_tile_have_inputs_each() -> None:
     """The second would add what it never multiplied."""
-    cuts = possible(Product("linear", 256, 64, "bfloat16"), 17, None)
-    assert Wide(1) in cuts
-    assert not any(cut.split > 1 for cut in cuts if isinstance(cut, Wide | TiledCut))
-    assert Wide(2) in possible(Product("linear", 256, 128, "bfloat16"), 17, None)
+    assert TiledCut(64, 2) not in possible(Product("linear", 256, 64, "bfloat16"), 17, None)
+    assert TiledCut(64, 2) in possible(Product("linear", 256, 128, "bfloat16"), 17, None)
 
 
 @pytest.mark.parametrize("outputs", [16, 48, 96, 2048, 6144, 28672])
@@ -63,10 +57,10 @@ def test_a_rule_asks_for_what_is_possible(op: str, inputs: int, outputs: int, nu
 
 
 def test_a_rule_spreads_few_tiles_over_the_processors() -> None:
-    assert rule(QKV, 20, 64, 132) == Wide(2)
-    assert rule(QKV, 20, 64, 95) == Wide(1)
-    assert rule(QKV, 33, 64, 132) is None
-    assert rule(Product("norm_gated_linear", 28672, 4096, "bfloat16"), 128, 14336, 132) == Wide(1)
+    assert rule(QKV, 20, 64, 132) == TiledCut(96, 2)
+    assert rule(QKV, 129, 64, 132) is None
+    assert rule(Product("norm_gated_linear", 28672, 4096, "bfloat16"), 64, 14336, 132) == TiledCut(224)
+    assert rule(Product("linear", 128256, 4096, "bfloat16"), 65, None, 132) is None
     assert rule(Product("linear_add", 2048, 8192, "bfloat16"), 3, None, 132) == Stream(1, 512)
 
 
@@ -79,9 +73,8 @@ def test_nothing_fits_a_product_of_odd_outputs() -> None:
     [
         (1, {"blocks": 1, "depth": 512}, Stream(1, 512)),
         (16, {"blocks": 2, "depth": 512}, Stream(2, 512)),
-        (17, {"split": 1}, Wide(1)),
-        (200, {"split": 2}, Wide(2)),
-        (64, {"outputs": 96, "split": 2, "share": 1}, TiledCut(96, 2)),
+        (64, {"outputs": 32, "split": 2, "share": 1}, TiledCut(32, 2)),
+        (200, {"outputs": 96, "split": 2, "share": 1}, TiledCut(96, 2)),
         (20, None, None),
     ],
 )
@@ -113,7 +106,7 @@ def test_a_cut_is_found_again_in_a_table() -> None:
 def test_a_file_changes_how_a_product_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "shipped_folder", lambda: tmp_path / "absent")
     monkeypatch.setattr(tuning, "user_folder", lambda: tmp_path)
-    cuts = {8: Stream(1, 512), 32: Wide(1), 64: Wide(2)}
+    cuts = {8: Stream(1, 512), 32: TiledCut(32), 64: TiledCut(32, 2)}
     tuning.tuned.cache_clear()
     tuning.write_choices(
         tmp_path / "GPU.json", {str(QKV): {num_rows: as_choice(cut) for num_rows, cut in cuts.items()}}

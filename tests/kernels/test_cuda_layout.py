@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from plexor.kernels.cuda import call, choice
-from plexor.kernels.cuda.choice import Stream, Wide
-from plexor.kernels.cuda.layout import STREAM_WARPS, Variant, variant_for, wide_layout
+from plexor.kernels.cuda.choice import Stream
+from plexor.kernels.cuda.layout import STREAM_WARPS, Variant, variant_for
+from plexor.kernels.cuda.tiled_layout import TILED_CUTS, TiledCut, tiled_layout
 from plexor.kernels.tuning import Product
 
 SOURCES = Path(call.__file__).parent
@@ -146,25 +147,19 @@ def test_one_row_is_kept_unless_it_has_too_many_stages() -> None:
     assert variant_for(Stream(1, 512), 9, 64) == Variant(16, 1, 512, resident=False)
 
 
-@pytest.mark.parametrize("split", [1, 2])
+@pytest.mark.parametrize("cut", TILED_CUTS, ids=str)
 @pytest.mark.parametrize("num_rows", [17, 32, 33, 64, 65, 128, 129, 256])
-def test_wide_linear_divides_the_memory_that_it_is_given(num_rows: int, split: int) -> None:
-    columns, stages, num_bytes = wide_layout(num_rows)
-    assert num_rows <= columns
-    known = constants("wide_linear.cu", {"COLUMNS": columns, "SPLIT": split})
+def test_tiled_linear_divides_the_memory_that_it_is_given(num_rows: int, cut: TiledCut) -> None:
+    if not cut.fits(num_rows, 7168, 64, None):
+        pytest.skip("this cut is not for so many rows")
+    tokens, stages, num_bytes = tiled_layout(num_rows, cut)
+    macros = {"TOKENS": tokens, "X_ROWS": tokens, "OUTPUTS": cut.outputs, "SPLIT": cut.split, "SHARE": cut.share}
+    known = constants("tiled_linear.cu", macros)
+    exchanged = (cut.split - 1) * known["OWN_UNITS"] * 32 * known["CONSUMERS"]
     assert 2 <= stages <= known["MOST_STAGES"]
-    assert stages * known["STAGE_BYTES"] == num_bytes
-    assert num_bytes + 8 * 2 * known["MOST_STAGES"] <= MOST_BYTES
-    exchanged = known["TILES_N"] * 4 * known["CONSUMERS"] * 4
-    assert exchanged <= num_bytes, "the sums of a block that shares a tile lie where the ring was"
-
-
-def test_what_wide_linear_takes_is_whole() -> None:
-    """Its tiles are two groups of ROWS weight rows, as `possible` counts them."""
-    rows = constants("wide_linear.cu", {"COLUMNS": 32, "SPLIT": 1})["ROWS"]
-    for outputs, whole in ((2 * rows, True), (3 * rows, False), (4 * rows, True), (2 * rows + 16, False)):
-        cuts = choice.possible(Product("linear", outputs, 4096, "bfloat16"), 17, None)
-        assert (Wide(1) in cuts) == whole
+    assert known["STAGE_BYTES"] % 1024 == 0, "the swizzle counts from multiples of 1024 bytes"
+    assert stages * known["STAGE_BYTES"] + exchanged == num_bytes
+    assert num_bytes + 8 * (2 * known["MOST_STAGES"] + 1) <= MOST_BYTES
 
 
 def test_one_gain_and_one_row_of_products_belong_to_one_op() -> None:

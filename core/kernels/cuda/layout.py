@@ -14,9 +14,6 @@ _MOST_STAGES = 16
 _MOST_STEPS = 64
 # Of a multiprocessor's 228 KB: what is left lets the programs of an attention kernel start beside a product.
 _STREAM_BYTES = 184 * 1024
-_WIDE_TILE = 128  # weight rows
-# Of the 227 KB that a block may have, its barriers take a part.
-_WIDE_BYTES = 226 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +65,3 @@ def variant_for(cut: Stream, num_rows: int, num_inputs: int) -> Variant:
     """What a cut means for so many rows; one row is kept, if its stages are not too many."""
     resident = num_rows == 1 and num_inputs <= cut.depth * _MOST_STEPS
     return Variant(8 if num_rows <= 8 else 16, cut.blocks, cut.depth, resident)
-
-
-def wide_layout(num_rows: int) -> tuple[int, int, int]:
-    """Of wide_linear for so many rows: columns that they take up, stages of the ring, bytes of shared memory."""
-    columns = max(32, 1 << (num_rows - 1).bit_length())
-    stage = (_WIDE_TILE + columns) * BOX * 2
-    stages = min(_WIDE_BYTES // stage, _MOST_STAGES)
-    return columns, stages, stages * stage

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from plexor.kernels.cuda.call import Call, num_multiprocessors
-from plexor.kernels.cuda.choice import WIDE_ROWS, Cut, Stream, Wide, choose
+from plexor.kernels.cuda.choice import TILED_ROWS, Cut, Stream, choose
 from plexor.kernels.cuda.stream_linear import StreamLinear
 from plexor.kernels.cuda.tiled_layout import TiledCut
 from plexor.kernels.cuda.tiled_linear import TiledLinear, lies_in_pairs
-from plexor.kernels.cuda.wide_linear import WideLinear
 from plexor.kernels.triton.rms_norm import rms_norm
 from plexor.kernels.tuning import tuned
 
@@ -22,7 +21,7 @@ Choose = Callable[[Call], Cut]
 
 def few(x: Tensor) -> bool:
     """Whether x [T, K] has so few rows that a kernel here may serve."""
-    return 0 < x.shape[0] <= WIDE_ROWS
+    return 0 < x.shape[0] <= TILED_ROWS
 
 
 def best_known(call: Call) -> Cut:
@@ -38,7 +37,6 @@ class Products:
         self._choose = choose
         self._cuts: dict[tuple[int | None, ...], Cut] = {}
         self._stream = StreamLinear()
-        self._wide = WideLinear()
         self._tiled = TiledLinear()
 
     def run(self, call: Call | None) -> Tensor | None:
@@ -52,11 +50,7 @@ class Products:
             self._stream.launch(call, cut)
             return call.y
         normed = call.x if call.norm is None else rms_norm(call.x, call.norm.gain, call.norm.eps)
-        ready = replace(call, x=normed, norm=None)
-        if isinstance(cut, Wide):
-            self._wide.launch(ready, cut)
-        else:
-            self._tiled.launch(ready, cut)
+        self._tiled.launch(replace(call, x=normed, norm=None), cut)
         return call.y
 
     def _cut(self, call: Call) -> Cut:

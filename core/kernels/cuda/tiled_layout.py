@@ -92,15 +92,20 @@ def tiled_cut_for(
     num_rows: int, num_outputs: int, num_boxes: int, pair: int | None, num_multiprocessors: int
 ) -> TiledCut | None:
     """The cut that a model of the GPU's limits expects to be quickest; None if none fits."""
-    fitting = [cut for cut in _CUTS if cut.fits(num_rows, num_outputs, num_boxes, pair)]
+    cuts = TILED_CUTS if num_rows <= _MOST_TOKENS else _LONG_CUTS
+    fitting = [cut for cut in cuts if cut.fits(num_rows, num_outputs, num_boxes, pair)]
     return min(
         fitting, key=lambda cut: _clocks(cut, num_rows, num_outputs, num_boxes, num_multiprocessors), default=None
     )
 
 
-# Clusters of four do not fill the multiprocessors, and blocks that shared x were slower on an H200.
-_WHOLE = tuple(TiledCut(outputs) for outputs in (32, 64, 112, 128, 224, 256))
-_CUTS = (*_WHOLE, *(TiledCut(*numbers) for numbers in ((32, 2), (64, 2), (96, 2), (128, 2), (96, 3), (128, 3))))
+TILED_CUTS = (
+    *(TiledCut(outputs) for outputs in (32, 64, 112, 128, 224, 256)),
+    *(TiledCut(outputs, split=2) for outputs in (32, 64, 96)),
+)
+"""What decode steps are cut by: on an H200 more parts of k were slower, and blocks that shared x no quicker."""
+
+_LONG_CUTS = (TiledCut(128, share=2), TiledCut(64), TiledCut(32))
 # Bytes in a clock, of all multiprocessors but for the first: what one takes in, what the L2 gives, what memory gives.
 _INTO_ONE, _FROM_L2, _FROM_MEMORY = 48, 3900, 2600
 _LEAST = 400

@@ -12,7 +12,7 @@
 //   registers        float32 totals -> (SPLIT > 1: added up over a cluster through shared memory) -> epilogue
 //
 // A tile is two groups of 64 weight rows at a distance of PAIR rows, which lie in shared memory eight and eight by
-// turns, as in the core's wide_linear.cu. While the tensor cores multiply 128 k, the next 128 are widened.
+// turns, as in the core's tiled_linear.cu. While the tensor cores multiply 128 k, the next 128 are widened.
 //
 // A nibble n means n - 8, or with ZERO n less a zero point of its group: then sums start at (8 - zero) * sum of x over
 // the group, and not at 0.
@@ -22,7 +22,7 @@
 //   SPLIT     blocks of a cluster that share a tile, each with a part of k: 1 or 2
 //   GROUP     k of a sum that is scaled: 128, 64 or 32
 //   E4M3      x is e4m3 with a float32 scale for each row, else bfloat16, or with HALF float16
-//   HALF, EPILOGUE, NARROW   as in the core's wide_linear.cu
+//   HALF, EPILOGUE, NARROW   as in the core's tiled_linear.cu
 //   ZERO      groups have zero points
 
 constexpr int ROWS = 64;

@@ -14,7 +14,7 @@ from plexor.api import Call, TiledLinear, TiledScales, lies_in_pairs, num_multip
 from plexor_quant.kernels.cuda.coded import CodedCall
 from plexor_quant.kernels.triton.round_rows import round_normed, round_rows
 
-E4M3_ROWS = 64
+E4M3_ROWS = 128
 """Of bfloat16 that are multiplied by e4m3 weights here; torch's product takes more."""
 
 _BOX = 128
