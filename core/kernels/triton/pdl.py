@@ -10,6 +10,10 @@ the last kernel launched in the ordinary way began: such a kernel begins after a
 early may run ahead of one another by several. The layers read a step's tables (plexor.batch.Pages) that soon, so
 between `advance`, which writes them, and the first layer lies a kernel launched in the ordinary way: the lookup of the
 embeddings, which is torch's (plexor.model.embedding).
+
+Keep that little: what is loaded before `wait` runs beside the kernel before, on the same multiprocessors. It is how a
+product showed that gave stages of its ring back before its own loads had arrived: with attention's first tile fetched
+so early, up to 476 of 1500 replays of a step were wrong (bench/NOTES.md, tests/gpu/test_replays.py).
 """
 
 from __future__ import annotations
