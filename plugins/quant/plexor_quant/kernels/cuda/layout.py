@@ -80,22 +80,20 @@ def layout(coded: CodedCall, cut: Cut) -> Layout | None:
     codes, num_rows = coded.codes, coded.num_rows
     rows, num_inputs = 8 * cut.blocks, codes.num_inputs
     taken, steps = depth(codes, cut), -(-num_inputs // depth(codes, cut))
-    copied = x_rows(num_rows, cut)
-    sums = 16 * cut.blocks if copied == 1 else cut.blocks * columns(num_rows) // 8 * 128
+    sums = cut.blocks * columns(num_rows) // 8 * 128
     pair = coded.call.pair or rows
     if codes.weight.shape[0] % (2 * rows) or pair % rows or sums > 64 * cut.warps or not _groups_fit(codes, rows):
         return None
     stage = 2 * rows * taken // (2 if codes.is_packed else 1)
     is_normed = coded.call.norm is not None
-    x_bytes = copied * taken * 2
+    x_bytes = x_rows(num_rows, cut) * taken * 2
     sum_bytes = 4 * cut.warps * ((2 if sums <= 128 else 1) * (sums + columns(num_rows)))
     scale_bytes = 2 * rows * codes.num_groups * (2 if codes.zero is None else 3) if group_of(codes) else 0
     least = 1024 * (_MORE if cut.room == HALF and is_normed else 0)
     most = max(1024 * cut.room, least)
     room = most - sum_bytes
     if cut.resident:
-        # With the sums of four-bit weights' slices of x.
-        room -= steps * (x_bytes + (4 * copied * cut.slices * cut.warps if scale_bytes else 0))
+        room -= steps * x_bytes
     else:
         stage += x_bytes + (taken * 2 if is_normed else 0)
     # The ring runs ahead by all of its stages: scales of the tiles that these belong to are wanted with them.

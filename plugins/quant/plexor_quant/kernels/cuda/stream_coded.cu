@@ -57,19 +57,15 @@ constexpr int GAIN_BYTES = NORM ? DEPTH * 2 : 0;
 constexpr int STAGE_BYTES = WEIGHT_BYTES + (RESIDENT ? 0 : X_BYTES + GAIN_BYTES);
 constexpr int MOST_STAGES = 16;
 constexpr int MOST_BUFFERS = 16;  // of scales
-constexpr bool SINGLE = X_ROWS == 1;
-constexpr int SUMS = SINGLE ? 16 * BLOCKS : BLOCKS * TILES_N * 128;  // numbers in one warp's partial sum
+constexpr int SUMS = BLOCKS * TILES_N * 4 * 32;  // numbers in one warp's partial sum
 constexpr int BUFFERS = SUMS <= 128 ? 2 : 1;     // partial sums of two tiles, where there is room: one barrier less
 constexpr int OFFSET = CODE == E4M3 ? 0 : CODE == INT8 ? 128 : 8;
 constexpr int PARTS = 0 < GROUP && GROUP < SLICE ? SLICE / GROUP : 1;  // groups that a slice belongs to
-#if GROUP
 constexpr int CHAINS = PARTS == 1 && TILES_N == 1 ? 2 : 1;  // sums of a group, so that not each product waits for the last
-#endif
 // 8 lanes prepare the 8 chunks of a unit: a row's k of one box. UNITS_EACH: those of a slice, for four such lanes.
 constexpr int UNITS = X_BOXES * X_ROWS;
 constexpr int UNITS_EACH = UNITS > 4 ? UNITS / 4 : 1;
 constexpr int AT_ONCE = UNITS_EACH > (NORM ? 4 : 8) ? UNITS_EACH : NORM ? 4 : 8;  // units that a lane asks for together
-constexpr bool SUMMED = RESIDENT && OFFSET && GROUP && PARTS == 1;  // sums of x for each slice are made beforehand
 constexpr float FACTOR = CODE == E4M3 ? (HALF ? 0x1p8f : 0x1p40f) : (HALF ? 0x1p24f : 0x1p53f);
 
 static_assert(SLICES >= 1 && SLICES * WARPS * SLICE == DEPTH, "each warp has the same slices");
@@ -88,66 +84,16 @@ __device__ __forceinline__ void store_shared(u32 address, uint4 v) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 
-__device__ __forceinline__ void store_shared(u32 address, float v) {
-  asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(v) : "memory");
+__device__ __forceinline__ float load_bfloat16(u32 address) {
+  u16 bits;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(bits) : "r"(address));
+  return __uint_as_float((u32)bits << 16);
 }
 
-__device__ __forceinline__ float load_float(u32 address) {
-  float v;
-  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(address));
-  return v;
-}
-
-// As it lies: what is done with a number waits for it.
-__device__ __forceinline__ u32 load_bfloat16(u32 address) {
-  u32 bits;
-  asm volatile("ld.shared.u16 %0, [%1];" : "=r"(bits) : "r"(address));
-  return bits;
-}
-
-__device__ __forceinline__ u32 load_byte(u32 address) {
+__device__ __forceinline__ float load_byte(u32 address) {
   u32 bits;
   asm volatile("ld.shared.u8 %0, [%1];" : "=r"(bits) : "r"(address));
-  return bits;
-}
-
-#if GROUP
-// Of a lane's rows, for the groups of one slice, as they lie.
-struct Scales {
-  u32 low[PARTS][BLOCKS], high[PARTS][BLOCKS], low_zero[PARTS][BLOCKS], high_zero[PARTS][BLOCKS];
-};
-
-// k: the slice's first. Beyond the last feature all products are 0, whatever the scale.
-__device__ __forceinline__ Scales load_scales(u32 scales, int groups, int own, int k) {
-  Scales found;
-#pragma unroll
-  for (int p = 0; p < PARTS; p++) {
-    const int group = min(k / GROUP + p, groups - 1);
-#pragma unroll
-    for (int b = 0; b < BLOCKS; b++) {
-      const int place = (b * 8 + own) * groups + group, far = ROWS * groups;
-      found.low[p][b] = load_bfloat16(scales + 2 * place);
-      found.high[p][b] = load_bfloat16(scales + 2 * (place + far));
-      if (ZEROS) {
-        found.low_zero[p][b] = load_byte(scales + 4 * far + place);
-        found.high_zero[p][b] = load_byte(scales + 4 * far + place + far);
-      }
-    }
-  }
-  return found;
-}
-#endif
-
-// Leaves v alone where it is not wanted.
-__device__ __forceinline__ void load_shared_if(bool wanted, uint4& v, u32 address) {
-  asm volatile(
-      "{\n"
-      ".reg .pred wanted;\n"
-      "setp.ne.u32 wanted, %5, 0;\n"
-      "@wanted ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
-      "}"
-      : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
-      : "r"(address), "r"((u32)wanted));
+  return (float)bits;
 }
 
 __device__ __forceinline__ u32 word(uint4 v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
@@ -194,7 +140,7 @@ __device__ __forceinline__ u32 prepared_place(int slice, int row, int j, int t) 
 
 // A lane's part of unit `index`: units follow one another by boxes, rows, slices and steps, and `chunk` by lanes.
 struct Part {
-  int row, box, slice, step;  // of x; box: of 64 k in the step
+  int row, box, step;  // of x; box: of 64 k in the step
   u32 target;          // behind the step's x, prepared
 };
 
@@ -203,7 +149,6 @@ __device__ __forceinline__ Part part_of(int index, int chunk) {
   Part part;
   part.row = index / X_BOXES % X_ROWS;
   part.box = slice * X_BOXES + index % X_BOXES;
-  part.slice = slice;
   part.step = index / UNITS / SLICES;
   part.target = prepared_place(slice, part.row, place % CHUNKS, place / CHUNKS);
   return part;
@@ -220,18 +165,9 @@ __device__ __forceinline__ uint4 load_global(const void* address) {
   return v;
 }
 
-// Of eight prepared activations, in the power of two in which products of codes are.
-__device__ __forceinline__ float sum_of(uint4 v) {
-  const float even = widen((u16)v.x) + widen((u16)(v.x >> 16)) + widen((u16)v.z) + widen((u16)(v.z >> 16));
-  const float odd = widen((u16)v.y) + widen((u16)(v.y >> 16)) + widen((u16)v.w) + widen((u16)(v.w >> 16));
-  return HALF ? (even + odd) * 0x1p-24f : (even + (CODE == INT4 ? 16 : 1) * odd) * 0x1p-100f * 0x1p-33f;
-}
-
 // This warp's part of x comes from the previous kernel through the L2 to its prepared place, once; with the sums of its
-// squares, where there is a norm, and those of slices (SUMMED). What comes first of the gains is asked for before that
-// kernel has ended, and where row m turns and goes before x is there.
-__device__ __forceinline__ void keep_x(
-    const Arguments& a, const Codes& codes, u32 x, u32 x_sums, float* square, int m, long long& position, long long& slot) {
+// squares, where there is a norm. What comes first of the gains is asked for before that kernel has ended.
+__device__ __forceinline__ void keep_x(const Arguments& a, const Codes& codes, u32 x, float* square) {
   const int lane = threadIdx.x % 32, chunk = lane % 8;
   const int end = (a.num_inputs + DEPTH - 1) / DEPTH * SLICES * UNITS;
   uint4 gains[AT_ONCE];
@@ -246,13 +182,7 @@ __device__ __forceinline__ void keep_x(
       if (k < a.num_inputs) gains[i] = load_global((const u16*)codes.gain + k);
     }
 #endif
-    if (first == 0) {
-      wait_for_previous_kernel();
-#if EPILOGUE == ROTARY
-      position = __ldcg(a.positions + m);
-      slot = __ldcg(a.slots + m);
-#endif
-    }
+    if (first == 0) wait_for_previous_kernel();
 #pragma unroll
     for (int i = 0; i < AT_ONCE; i++) {
       const Part part = part_of(first + 4 * i + lane / 8, chunk);
@@ -265,14 +195,7 @@ __device__ __forceinline__ void keep_x(
       const int index = first + 4 * i + lane / 8;
       const Part part = part_of(index, chunk);
       if (NORM) square[i % UNITS_EACH] = square_all(square[i % UNITS_EACH], v[i]);
-      const uint4 made = arranged(NORM ? times(v[i], gains[i]) : v[i]);
-      if (index < end) store_shared(x + part.step * X_BYTES + part.target, made);
-      if (SUMMED) {
-        float sum = sum_of(made);
-        for (int distance = 1; distance < 8 * X_BOXES; distance *= 2) sum += __shfl_xor_sync(~0u, sum, distance);
-        const int place = (part.step * SLICES * WARPS + part.slice) * X_ROWS + part.row;
-        if (index < end && lane % (8 * X_BOXES) == 0) store_shared(x_sums + 4 * place, sum);
-      }
+      if (index < end) store_shared(x + part.step * X_BYTES + part.target, arranged(NORM ? times(v[i], gains[i]) : v[i]));
     }
   }
   __syncwarp();
@@ -317,9 +240,8 @@ extern "C" __global__ void __launch_bounds__((WARPS + 2) * 32, PER_SM) stream_co
   // Of a tile: scales of both groups of rows, then their zero points.
   const int scale_bytes = GROUP ? 2 * ROWS * codes.groups * (ZEROS ? 3 : 2) : 0;
   const u32 scale_base = base + a.stages * STAGE_BYTES + (RESIDENT ? num_steps * X_BYTES : 0);
-  const u32 x_sums = scale_base + (GROUP ? codes.buffers * scale_bytes : 0);
-  const u32 end = x_sums + (SUMMED ? 4 * num_steps * SLICES * WARPS * X_ROWS : 0);
-  float(*partial)[WARPS][SUMS] = (float(*)[WARPS][SUMS])(ring + (end - base));
+  const u32 scale_end = scale_base - base + (GROUP ? codes.buffers * scale_bytes : 0);
+  float(*partial)[WARPS][SUMS] = (float(*)[WARPS][SUMS])(ring + scale_end);
 #if NORM
   float(*squares)[WARPS][COLUMNS] = (float(*)[WARPS][COLUMNS])(partial + BUFFERS);
 #endif
@@ -395,32 +317,19 @@ extern "C" __global__ void __launch_bounds__((WARPS + 2) * 32, PER_SM) stream_co
   // eight in shared memory, so that the 16 bytes that eight lanes load together lie in different banks.
   const int g = lane / 4, t = lane % 4, own = g % 2 * 4 + g / 2;
   const u32 none = (u32)a.num_rows >> 30;
-  // The pair of numbers that this thread finishes in each tile: column `mine` of x, row `its_row` of both groups. The
-  // numbers of a single row of x are few: one warp finishes them, by turns.
-  const int e = threadIdx.x / 32 % 2, n = threadIdx.x / 64 % TILES_N, b = SINGLE ? lane / 8 : threadIdx.x / 64 / TILES_N;
-  const int index = SINGLE ? b * 16 + lane % 8 : ((b * TILES_N + n) * 4 + e) * 32 + lane, second_index = index + (SINGLE ? 8 : 64);
-  const int mine = SINGLE ? 0 : n * 8 + t * 2 + e, its_row = b * 8 + (SINGLE ? lane % 8 : own);
-  bool finishes = threadIdx.x < SUMS / 2 && mine < a.num_rows;
-  long long position = 0, slot = 0;
+  // The pair of numbers that this thread finishes in each tile: column `mine` of x, row own + 8 b of both groups.
+  const int e = threadIdx.x / 32 % 2, n = threadIdx.x / 64 % TILES_N, b = threadIdx.x / 64 / TILES_N;
+  const int index = ((b * TILES_N + n) * 4 + e) * 32 + lane, mine = n * 8 + t * 2 + e;
+  const bool finishes = threadIdx.x < SUMS / 2 && mine < a.num_rows;
   float square[UNITS_EACH] = {};
-  if (RESIDENT) {
-    keep_x(a, codes, x_base, x_sums, square, min(mine, a.num_rows - 1), position, slot);
-  } else {
+  if (RESIDENT)
+    keep_x(a, codes, x_base, square);
+  else
     wait_for_previous_kernel();
-#if EPILOGUE == ROTARY
-    position = __ldcg(a.positions + min(mine, a.num_rows - 1));
-    slot = __ldcg(a.slots + min(mine, a.num_rows - 1));
-#endif
-  }
-  uint4 x[TILES_N][CHUNKS] = {};
   float ones[TILES_N][4] = {};  // sums of x, where all of a row's features share a scale
-  int sums_buffer = 0, turn = 0;
+  int sums_buffer = 0;
   for (int tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
-    const int tile_first = tile_row(tile, ROWS, a.pair), row = tile_first + its_row;
-    if (SINGLE) {
-      finishes = warp == turn && lane < 8 * BLOCKS;
-      turn = turn + 1 == WARPS ? 0 : turn + 1;
-    }
+    const int tile_first = tile_row(tile, ROWS, a.pair), row = tile_first + b * 8 + own;
     Operands operands = {};
 #if GROUP == 0 && CODE == INT4
     u16 first_scale = 0, second_scale = 0;  // asked for here, and widened where they are wanted
@@ -430,7 +339,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + 2) * 32, PER_SM) stream_co
     const float* row_scales = (const float*)codes.scale;
 #endif
     if (finishes) {
-      operands = load_operands(a, mine, row, position, slot);
+      operands = load_operands(a, mine, row);
 #if GROUP == 0
       first_scale = row_scales[row];
       second_scale = row_scales[row + a.pair];
@@ -448,7 +357,6 @@ extern "C" __global__ void __launch_bounds__((WARPS + 2) * 32, PER_SM) stream_co
 #if GROUP
     const u32 scales = scale_base + buffer * scale_bytes;
     barrier_wait(scales_full + 8 * buffer, buffer_phase);
-    Scales next_scales = load_scales(scales, codes.groups, own, warp * SLICE);
 #endif
     for (int step = 0; step < num_steps; step++) {
       barrier_wait(full + 8 * stage, phase);
@@ -459,7 +367,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + 2) * 32, PER_SM) stream_co
       for (int u = 0; u < SLICES; u++) {
         const int slice = u * WARPS + warp;
         const u32 source = weights + slice / 2 * ROWS * 128 + own * 128 + ((slice % 2 * 4 + t) ^ own) * 16;
-        uint4 low[BLOCKS], high[BLOCKS];
+        uint4 x[TILES_N][CHUNKS], low[BLOCKS], high[BLOCKS];
 #pragma unroll
         for (int b = 0; b < BLOCKS; b++) {
           low[b] = load_shared(source + b * 1024);
@@ -469,27 +377,11 @@ extern "C" __global__ void __launch_bounds__((WARPS + 2) * 32, PER_SM) stream_co
 #pragma unroll
         for (int n = 0; n < TILES_N; n++)
 #pragma unroll
-          for (int j = 0; j < CHUNKS; j++) {
-            // A single row is column 0, others are 0; of several, columns without a row repeat another's. All are dropped.
-            const u32 place = here + prepared_place(slice, (n * 8 + g) % X_ROWS, j, t);
-            if (SINGLE)
-              load_shared_if(g == 0, x[n][j], place);
-            else
-              x[n][j] = load_shared(place);
+          for (int j = 0; j < CHUNKS; j++) {  // columns without a row of x repeat another's: their products are dropped
+            x[n][j] = load_shared(here + prepared_place(slice, (n * 8 + g) % X_ROWS, j, t));
             if (!RESIDENT) loaded ^= x[n][j].x;
           }
 #if GROUP
-        // Those of the next slice are asked for before they are wanted.
-        const Scales own_scales = next_scales;
-        const int next_slice = u + 1 < SLICES ? slice + WARPS : WARPS * SLICES + warp;
-        next_scales = load_scales(scales, codes.groups, own, step * DEPTH + next_slice * SLICE);
-        float slice_sum[TILES_N][2];
-        if (SUMMED)
-#pragma unroll
-          for (int n = 0; n < TILES_N; n++)
-#pragma unroll
-            for (int e = 0; e < (SINGLE ? 1 : 2); e++)
-              slice_sum[n][e] = load_float(x_sums + 4 * ((step * SLICES * WARPS + slice) * X_ROWS + (n * 8 + t * 2 + e) % X_ROWS));
         float total[CHAINS][PARTS][BLOCKS][TILES_N][4] = {}, part_ones[CHAINS][PARTS][TILES_N][4] = {};
 #endif
 #pragma unroll
@@ -510,7 +402,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + 2) * 32, PER_SM) stream_co
             for (int p = 0; p < PARTS; p++) {
               const bool is_in = PARTS == 1 || t * PARTS / 4 == p;
               const u32 y0 = is_in ? x0 : 0, y1 = is_in ? x1 : 0;
-              if (!SUMMED) mma(part_ones[m % CHAINS][p][n], ONE, ONE, SECOND_ONE, SECOND_ONE, y0, y1);
+              mma(part_ones[m % CHAINS][p][n], ONE, ONE, SECOND_ONE, SECOND_ONE, y0, y1);
 #pragma unroll
               for (int b = 0; b < BLOCKS; b++)
                 mma(total[m % CHAINS][p][b][n], f[b][0], f[b][1], f[b][2], f[b][3], y0, y1);
@@ -522,30 +414,37 @@ extern "C" __global__ void __launch_bounds__((WARPS + 2) * 32, PER_SM) stream_co
             for (int b = 0; b < BLOCKS; b++) mma(sums[b][n], f[b][0], f[b][1], f[b][2], f[b][3], x0, x1);
 #endif
           }
-          if (m == 0 && u == SLICES - 1) {
-            if (!RESIDENT) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // the copy engine writes here next
-            __syncwarp();
-            if (lane == 0) release(empty + 8 * stage, loaded, none);
-          }
         }
 #if GROUP
 #pragma unroll
-        for (int p = 0; p < PARTS; p++)
+        for (int p = 0; p < PARTS; p++) {
+          // Beyond the last feature all products are 0, whatever the scale.
+          const int group = min((step * DEPTH + slice * SLICE) / GROUP + p, codes.groups - 1);
 #pragma unroll
-          for (int b = 0; b < BLOCKS; b++)
+          for (int b = 0; b < BLOCKS; b++) {
+            const int place = (b * 8 + own) * codes.groups + group, far = ROWS * codes.groups;
+            const float low_scale = load_bfloat16(scales + 2 * place), high_scale = load_bfloat16(scales + 2 * (place + far));
+            float low_zero = OFFSET, high_zero = OFFSET;
+            if (ZEROS) {
+              low_zero = load_byte(scales + 4 * far + place);
+              high_zero = load_byte(scales + 4 * far + place + far);
+            }
 #pragma unroll
             for (int n = 0; n < TILES_N; n++)
 #pragma unroll
-              for (int e = 0; e < 4; e += SINGLE ? 2 : 1) {
-                const float zero = ZEROS ? (float)(e < 2 ? own_scales.low_zero[p][b] : own_scales.high_zero[p][b]) : (float)OFFSET;
-                const float scale = __uint_as_float((e < 2 ? own_scales.low[p][b] : own_scales.high[p][b]) << 16);
+              for (int e = 0; e < 4; e++) {
                 float value = total[0][p][b][n][e], one = part_ones[0][p][n][e];
                 if (CHAINS == 2) value += total[CHAINS - 1][p][b][n][e], one += part_ones[CHAINS - 1][p][n][e];
-                value = fmaf(-zero, SUMMED ? slice_sum[n][e % 2] : one, value);
-                sums[b][n][e] = fmaf(scale, value, sums[b][n][e]);
+                value = fmaf(e < 2 ? -low_zero : -high_zero, one, value);
+                sums[b][n][e] = fmaf(e < 2 ? low_scale : high_scale, value, sums[b][n][e]);
               }
+          }
+        }
 #endif
       }
+      if (!RESIDENT) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // the copy engine writes here next
+      __syncwarp();
+      if (lane == 0) release(empty + 8 * stage, loaded, none);
       if (++stage == a.stages) stage = 0, phase ^= 1;
     }
     if (GROUP) {
@@ -565,13 +464,10 @@ extern "C" __global__ void __launch_bounds__((WARPS + 2) * 32, PER_SM) stream_co
 #pragma unroll
       for (int n = 0; n < TILES_N; n++)
 #pragma unroll
-        for (int e = 0; e < 4; e += SINGLE ? 2 : 1) {
+        for (int e = 0; e < 4; e++) {
           float value = sums[b][n][e];
           if (!GROUP && OFFSET) value = fmaf(e < 2 ? -low_zero : -high_zero, ones[n][e], value);
-          if (!SINGLE)
-            partial[sums_buffer][warp][((b * TILES_N + n) * 4 + e) * 32 + lane] = value;
-          else if (t == 0)
-            partial[sums_buffer][warp][b * 16 + e * 4 + own] = value;
+          partial[sums_buffer][warp][((b * TILES_N + n) * 4 + e) * 32 + lane] = value;
         }
     }
 #if NORM
@@ -593,7 +489,7 @@ extern "C" __global__ void __launch_bounds__((WARPS + 2) * 32, PER_SM) stream_co
 #pragma unroll
       for (int w = 0; w < WARPS; w++) {
         first += partial[sums_buffer][w][index];
-        second += partial[sums_buffer][w][second_index];
+        second += partial[sums_buffer][w][index + 64];
       }
 #if NORM
       float total = 0;

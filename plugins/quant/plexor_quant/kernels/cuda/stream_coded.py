@@ -18,6 +18,7 @@ from plexor.api import LINEAR_HEADER, STREAM_HEADER, load_program, num_multiproc
 from plexor_quant.kernels.cuda.coded import CodedCall
 from plexor_quant.kernels.cuda.layout import (
     HALF,
+    INT4,
     MOST,
     WHOLE,
     Cut,
@@ -32,6 +33,9 @@ from plexor_quant.kernels.cuda.layout import (
 
 X_BOX = 64
 """Activations in the 128 bytes that the copy engine swizzles together."""
+
+MOST_INPUTS = 8192
+"""Of a row of four-bit weights, for tiles of 64 rows."""
 
 _CODE_BOX = 128
 _SOURCES = (LINEAR_HEADER, STREAM_HEADER, Path(__file__).with_name("stream_coded.cu"))
@@ -53,8 +57,14 @@ class CodeArguments(ctypes.Structure):
 
 def rule(coded: CodedCall) -> Cut | None:
     """The cut that was quickest in a decoder's layers on an H200, of those that a product can have: bench/NOTES.md."""
-    room = HALF if coded.num_rows == 1 else WHOLE
-    wanted = (Cut(2, 1, room), Cut(2, 1, WHOLE, False), Cut(1, 1, room), Cut(1, 1, WHOLE, False))
+    if coded.num_rows > 1:
+        wanted = (Cut(2, 1, WHOLE), Cut(2, 1, WHOLE, False), Cut(1, 1, WHOLE), Cut(1, 1, WHOLE, False))
+    elif code_of(coded.codes.weight) != INT4:
+        wanted = (Cut(2, 1, MOST, True, 16), Cut(2, 1, MOST), Cut(1, 1, MOST), Cut(1, 1, WHOLE, False))
+    else:
+        # Tiles of 64 rows leave multiprocessors to the next kernel; long rows, or many scales, leave no room for them.
+        is_long = coded.codes.num_inputs > MOST_INPUTS or group_of(coded.codes) in (32, 64)
+        wanted = (Cut(2 if is_long else 4), Cut(2), Cut(1), Cut(1, 1, WHOLE, False))
     return next((cut for cut in wanted if layout(coded, cut) is not None), None)
 
 
