@@ -34,8 +34,8 @@ from plexor_quant.kernels.cuda.layout import (
 X_BOX = 64
 """Activations in the 128 bytes that the copy engine swizzles together."""
 
-MOST_INPUTS = 8192
-"""Of a row of four-bit weights, for tiles of 64 rows."""
+LEAST_OUTPUTS, MOST_INPUTS = 4096, 8192
+"""Of a four-bit weight, for tiles of 64 rows."""
 
 _CODE_BOX = 128
 _SOURCES = (LINEAR_HEADER, STREAM_HEADER, Path(__file__).with_name("stream_coded.cu"))
@@ -62,9 +62,10 @@ def rule(coded: CodedCall) -> Cut | None:
     elif code_of(coded.codes.weight) != INT4:
         wanted = (Cut(2, 1, MOST, True, 16), Cut(2, 1, MOST), Cut(1, 1, MOST), Cut(1, 1, WHOLE, False))
     else:
-        # Tiles of 64 rows leave multiprocessors to the next kernel; long rows, or many scales, leave no room for them.
-        is_long = coded.codes.num_inputs > MOST_INPUTS or group_of(coded.codes) in (32, 64)
-        wanted = (Cut(2 if is_long else 4), Cut(2), Cut(1), Cut(1, 1, WHOLE, False))
+        # Tiles of 64 rows need many rows to be shared out, and few inputs and scales to be kept beside them.
+        outputs, inputs = coded.codes.weight.shape[0], coded.codes.num_inputs
+        is_wide = outputs >= LEAST_OUTPUTS and inputs <= MOST_INPUTS and group_of(coded.codes) not in (32, 64)
+        wanted = (Cut(4 if is_wide else 2), Cut(2), Cut(1), Cut(1, 1, WHOLE, False))
     return next((cut for cut in wanted if layout(coded, cut) is not None), None)
 
 
