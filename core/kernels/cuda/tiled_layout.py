@@ -107,7 +107,7 @@ TILED_CUTS = (
 
 _LONG_CUTS = (TiledCut(128, share=2), TiledCut(64), TiledCut(32))
 # Bytes in a clock, of all multiprocessors but for the first: what one takes in, what the L2 gives, what memory gives.
-_INTO_ONE, _FROM_L2, _FROM_MEMORY = 48, 3900, 2600
+_INTO_ONE, _FROM_L2, _FROM_MEMORY = 48, 5500, 2600
 _LEAST = 400
 """Clocks of a stage, however small."""
 _BEGIN_AND_END = 3000
