@@ -7,10 +7,13 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 LOG2_E = 1.4426950408889634
 # What a row that has seen nothing has for its best score: finite, so that it can be subtracted from itself.
 LOWEST = tl.constexpr(-1e30)
+# 2^-100: a value with a smaller scale is one of zeros.
+FAINTEST = tl.constexpr(7.888609052210118e-31)
 
 
 @triton.jit
@@ -64,6 +67,18 @@ def widen_integers(entries, IN_ROWS: tl.constexpr):
 
 
 @triton.jit
+def widened(entries, IN_ROWS: tl.constexpr, COMPUTE: tl.constexpr):
+    """Entries [positions, features] in COMPUTE, which holds each of them."""
+    if entries.dtype == COMPUTE or COMPUTE == tl.float32:  # noqa: SIM300 - constants are spelled in capitals
+        wide = entries.to(COMPUTE)
+    elif entries.dtype == tl.int8:
+        wide = widen_integers(entries, IN_ROWS)
+    else:
+        wide = widen(entries, IN_ROWS)
+    return wide
+
+
+@triton.jit
 def load_queries(source, mask, scale, COMPUTE: tl.constexpr, UNIT: tl.constexpr):
     """Queries [lanes, size] in COMPUTE, and for each lane what its scores are still to be multiplied by.
 
@@ -81,8 +96,13 @@ def load_queries(source, mask, scale, COMPUTE: tl.constexpr, UNIT: tl.constexpr)
     return queries.to(COMPUTE), scales
 
 
-def compute_dtype(dtype: torch.dtype, storage: torch.dtype) -> Any:
-    """What the products are made of: the 16-bit dtype that holds each stored value, float32 where there is none."""
-    if dtype == torch.float32 or storage not in (dtype, torch.float8_e4m3fn, torch.int8):
+def compute_dtype(q: Tensor, keys: Tensor) -> Any:
+    """What the products are made of: the 16-bit dtype that holds each stored value, float32 where there is none.
+
+    Triton's interpreter has no assembly, which widens integers.
+    """
+    dtype, storage = q.dtype, keys.dtype
+    exact = (dtype, torch.float8_e4m3fn, torch.int8) if q.device.type == "cuda" else (dtype, torch.float8_e4m3fn)
+    if dtype == torch.float32 or storage not in exact:
         return tl.float32
     return tl.bfloat16 if storage == torch.bfloat16 else tl.float16

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from plexor.batch import LayerCache
 from plexor.kernels.triton.attention import (
+    FAINTEST,
     LOG2_E,
     LOWEST,
     compute_dtype,
     load_queries,
     place_in_blocks,
-    widen,
-    widen_integers,
+    widened,
 )
 from plexor.kernels.triton.pdl import launch_next, overlaps, wait
 
@@ -26,8 +26,6 @@ from plexor.kernels.triton.pdl import launch_next, overlaps, wait
 FEW_ROWS = 16
 # Numbers of partial results that a thread holds while it adds them up.
 COMBINED = 32
-# 2^-100: a value with a smaller scale is one of zeros.
-FAINTEST = tl.constexpr(7.888609052210118e-31)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,18 +66,6 @@ def first_tile(length, window, TILE: tl.constexpr, WINDOWED: tl.constexpr):
     if WINDOWED:
         return tl.maximum(length - window, 0) // TILE
     return length * 0
-
-
-@triton.jit
-def widened(entries, IN_ROWS: tl.constexpr, COMPUTE: tl.constexpr):
-    """Entries [TILE, SIZE] in COMPUTE, which holds each of them."""
-    if entries.dtype == COMPUTE or COMPUTE == tl.float32:  # noqa: SIM300 - constants are spelled in capitals
-        wide = entries.to(COMPUTE)
-    elif entries.dtype == tl.int8:
-        wide = widen_integers(entries, IN_ROWS)
-    else:
-        wide = widen(entries, IN_ROWS)
-    return wide
 
 
 @triton.jit
@@ -364,9 +350,7 @@ class DecodeAttention:
         part_heads = triton.next_power_of_2(group)
         marks = torch.empty((2, num_workers * 2, num_heads), dtype=torch.float32, device=q.device)
         parts = torch.empty((num_workers * 2, num_heads, size), dtype=torch.float32, device=q.device)
-        # The interpreter has no assembly, which widens integers.
-        integers = keys.dtype == torch.int8 and q.device.type != "cuda"
-        compute = tl.float32 if integers else compute_dtype(q.dtype, keys.dtype)
+        compute = compute_dtype(q, keys)
         pdl = overlaps(q.device)
         decode_attention_kernel[(num_kv_heads, num_workers)](
             q,

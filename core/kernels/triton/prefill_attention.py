@@ -10,7 +10,15 @@ import triton.language as tl
 from torch import Tensor
 
 from plexor.batch import LayerCache
-from plexor.kernels.triton.attention import LOG2_E, LOWEST, compute_dtype, load_queries, place_in_blocks, widen
+from plexor.kernels.triton.attention import (
+    FAINTEST,
+    LOG2_E,
+    LOWEST,
+    compute_dtype,
+    load_queries,
+    place_in_blocks,
+    widened,
+)
 from plexor.kernels.triton.ragged import find_owner, tile_rows
 
 
@@ -50,6 +58,8 @@ def attend_span(
     scale,
     keys,
     values,
+    key_scales,
+    value_scales,
     blocks,
     begin,
     end,
@@ -57,11 +67,12 @@ def attend_span(
     own,
     window,
     entry_stride,
+    scale_stride,
     POSITIONS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     COMPUTE: tl.constexpr,
-    UNIT: tl.constexpr,
+    SCALED: tl.constexpr,
     WINDOWED: tl.constexpr,
     MASKED: tl.constexpr,
 ):
@@ -80,7 +91,8 @@ def attend_span(
         block = next_block
         index, next_offset = place_in_blocks(start + POSITIONS, lane, POSITIONS, BLOCK_SIZE)
         next_block = tl.load(blocks + index, mask=position + POSITIONS < stop, other=0)
-        entry = (block * BLOCK_SIZE + offset).to(tl.int64)[:, None] * entry_stride + feature[None, :]
+        slot = (block * BLOCK_SIZE + offset).to(tl.int64)
+        entry = slot[:, None] * entry_stride + feature[None, :]
         offset = next_offset
         if MASKED:
             inside = (position < stop)[:, None] & (feature < HEAD_SIZE)[None, :]
@@ -92,9 +104,15 @@ def attend_span(
         else:
             key = tl.load(keys + entry, mask=(feature < HEAD_SIZE)[None, :], other=0.0)
             value = tl.load(values + entry, mask=(feature < HEAD_SIZE)[None, :], other=0.0)
-        key = widen(key, False) if UNIT else key.to(COMPUTE)
-        value = widen(value, True) if UNIT else value.to(COMPUTE)
+        key = widened(key, False, COMPUTE)
+        value = widened(value, True, COMPUTE)
         scores = tl.dot(queries, tl.trans(key), input_precision="ieee")
+        if SCALED:
+            there = position < stop
+            key_scale = tl.load(key_scales + slot * scale_stride, mask=there, other=1.0)
+            value_scale = tl.load(value_scales + slot * scale_stride, mask=there, other=1.0)
+            value_scale = tl.where(value_scale < FAINTEST, FAINTEST, value_scale)
+            scores = scores * key_scale[None, :] + tl.log2(value_scale)[None, :] / scale[:, None]
         if MASKED:
             visible = position[None, :] <= own[:, None]
             if WINDOWED:
@@ -103,7 +121,11 @@ def attend_span(
         new_best = tl.maximum(best, tl.max(scores, axis=1) * scale)
         weights = tl.exp2(scores * scale[:, None] - new_best[:, None])
         fade = tl.exp2(best - new_best)
-        mass = mass * fade + tl.sum(weights, axis=1)
+        if SCALED:
+            # A position that a lane does not see may have a scale of NaN.
+            mass = mass * fade + tl.sum(tl.where(weights > 0.0, weights / value_scale[None, :], 0.0), axis=1)
+        else:
+            mass = mass * fade + tl.sum(weights, axis=1)
         total = tl.dot(weights.to(COMPUTE), value, total * fade[:, None], input_precision="ieee")
         best = new_best
     return best, mass, total
@@ -118,6 +140,8 @@ def prefill_attention_kernel(
     q,
     keys,
     values,
+    key_scales,
+    value_scales,
     block_table,
     row_end,
     row_shift,
@@ -130,6 +154,7 @@ def prefill_attention_kernel(
     q_head_stride,
     out_row_stride,
     entry_stride,
+    scale_stride,
     scale_log2,
     window,
     GROUP: tl.constexpr,
@@ -141,6 +166,7 @@ def prefill_attention_kernel(
     SIZE: tl.constexpr,
     COMPUTE: tl.constexpr,
     UNIT: tl.constexpr,
+    SCALED: tl.constexpr,
     WINDOWED: tl.constexpr,
     SHIFTED: tl.constexpr,
 ):
@@ -181,6 +207,9 @@ def prefill_attention_kernel(
     full_end = tl.maximum(least + 1, 0) // POSITIONS * POSITIONS
     keys += kv_head * HEAD_SIZE
     values += kv_head * HEAD_SIZE
+    if SCALED:
+        key_scales += kv_head
+        value_scales += kv_head
     blocks = block_table + sequence.to(tl.int64) * block_table_stride
     best = tl.full((LANES,), LOWEST, dtype=tl.float32)
     mass = tl.zeros((LANES,), dtype=tl.float32)
@@ -197,6 +226,8 @@ def prefill_attention_kernel(
             scale,
             keys,
             values,
+            key_scales,
+            value_scales,
             blocks,
             begin,
             full_begin,
@@ -204,11 +235,12 @@ def prefill_attention_kernel(
             own,
             window,
             entry_stride,
+            scale_stride,
             POSITIONS,
             BLOCK_SIZE,
             HEAD_SIZE,
             COMPUTE,
-            UNIT,
+            SCALED,
             WINDOWED,
             True,
         )
@@ -220,6 +252,8 @@ def prefill_attention_kernel(
         scale,
         keys,
         values,
+        key_scales,
+        value_scales,
         blocks,
         full_begin,
         full_end,
@@ -227,11 +261,12 @@ def prefill_attention_kernel(
         own,
         window,
         entry_stride,
+        scale_stride,
         POSITIONS,
         BLOCK_SIZE,
         HEAD_SIZE,
         COMPUTE,
-        UNIT,
+        SCALED,
         WINDOWED,
         False,
     )
@@ -243,6 +278,8 @@ def prefill_attention_kernel(
         scale,
         keys,
         values,
+        key_scales,
+        value_scales,
         blocks,
         full_end,
         stop,
@@ -250,11 +287,12 @@ def prefill_attention_kernel(
         own,
         window,
         entry_stride,
+        scale_stride,
         POSITIONS,
         BLOCK_SIZE,
         HEAD_SIZE,
         COMPUTE,
-        UNIT,
+        SCALED,
         WINDOWED,
         True,
     )
@@ -288,14 +326,18 @@ def prefill_attention(
     out: Tensor,
     tuning: PrefillTuning | None = None,
 ) -> None:
-    """Attend the pieces' rows of q [T, N, D] into out; scale > 0, the cache's entries [K, D] are contiguous."""
+    """Attend the pieces' rows of q [T, N, D] into out; scale > 0, the cache's entries [K, D] are contiguous.
+
+    A cache may have scales, as plexor.kernels.triton.decode_attention says.
+    """
     num_heads, head_size = q.shape[1:]
     keys, values = cache["keys"], cache["values"]
     block_size, num_kv_heads = keys.shape[1:3]
     num_sequences = pieces.kv_length.shape[0]
     group = num_heads // num_kv_heads
     size = max(16, triton.next_power_of_2(head_size))
-    compute = compute_dtype(q.dtype, keys.dtype)
+    key_scales, value_scales = cache.get("key_scales"), cache.get("value_scales")
+    compute = compute_dtype(q, keys)
     if tuning is None:
         products = torch.float32 if compute == tl.float32 else q.dtype
         tuning = prefill_tuning(pieces.longest * group, size, products)
@@ -305,6 +347,8 @@ def prefill_attention(
         q,
         keys,
         values,
+        key_scales,
+        value_scales,
         pieces.block_table,
         pieces.row_end,
         pieces.row_shift,
@@ -317,6 +361,7 @@ def prefill_attention(
         q.stride(1),
         out.stride(0),
         keys.stride(1),
+        num_kv_heads,
         scale * LOG2_E,
         0 if window is None else window,
         GROUP=group,
@@ -328,6 +373,7 @@ def prefill_attention(
         SIZE=size,
         COMPUTE=compute,
         UNIT=compute == tl.float16 and q.dtype != torch.float16,
+        SCALED=key_scales is not None,
         WINDOWED=window is not None,
         SHIFTED=pieces.row_shift is not None,
         num_warps=tuning.warps,

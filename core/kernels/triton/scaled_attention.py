@@ -1,6 +1,7 @@
-"""Paged attention over entries with scales: decodes read them as they lie, longer pieces read a widened copy.
+"""Paged attention over entries with scales, as they lie or, for pieces that the host knows, from a widened copy.
 
-A piece multiplies each entry with many rows, so that its copy, made once for all of them, costs little beside that.
+A piece multiplies each entry with many rows, so that its copy, made once for all of them, costs little beside that, and
+the library can take it.
 
     block table     7 2 9 | 4 7 |        of the pieces, any block of the cache
     copy            0 1 2 | 3 4 |        their blocks in the order of the sequences, in the dtype of the queries
@@ -89,16 +90,16 @@ class ScaledPagedAttention:
     """The attention of one layer over a cache with "key_scales", "value_scales" [num_blocks, block_size, K]."""
 
     def __init__(self) -> None:
-        self._decodes = PagedAttention(decodes_here())
+        self._as_they_lie = PagedAttention(decodes_here())
         self._pieces: Attend | None = None
 
     def __call__(self, q: Tensor, cache: LayerCache, pages: Pages, scale: float, window: int | None) -> Tensor:
         """As plexor.kernels.reference.paged_attention, an entry being its numbers times its scale; scale > 0, all parts
         of the cache are contiguous. Pieces see entries rounded to q's dtype.
         """
-        num_decodes = pages.num_decodes
-        if num_decodes == pages.kv_length.shape[0]:
-            return self._decodes(q, cache, pages, scale, window)
+        num_decodes, num_pieces = pages.num_decodes, pages.kv_length.shape[0] - pages.num_decodes
+        if num_pieces == 0 or len(pages.prefills) != num_pieces:
+            return self._as_they_lie(q, cache, pages, scale, window)
         copies = make_copies(pages, cache["keys"].shape[1])
         if self._pieces is None:
             self._pieces = attention_of_pieces(q)
@@ -106,7 +107,7 @@ class ScaledPagedAttention:
         if num_decodes == 0:
             return attended
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        self._decodes.attend_decodes(q, cache, pages, scale, window, out)
+        self._as_they_lie.attend_decodes(q, cache, pages, scale, window, out)
         out[num_decodes:] = attended
         return out
 
@@ -121,16 +122,12 @@ def attention_of_pieces(q: Tensor) -> Attend:
 
 
 def make_copies(pages: Pages, block_size: int) -> Copies:
-    """The sequences after the decodes. How large the copy must be is known if the host knows all pieces; otherwise
-    there is room for all that the block table could name.
-    """
+    """The sequences after the decodes, each of which is one of pages.prefills."""
     key = (__name__, block_size)
     if key not in pages.memo:
         decodes, prefills = pages.num_decodes, pages.prefills
         kv_length, block_table = pages.kv_length[decodes:], pages.block_table[decodes:]
         counts = [-(-piece.kv_length // block_size) for piece in prefills]
-        if len(counts) != kv_length.shape[0]:
-            counts = [block_table.shape[1]] * kv_length.shape[0]
         block_table = block_table[:, : max(counts)]
         used = (kv_length + block_size - 1) // block_size
         first = (used.cumsum(0) - used).int()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import accumulate
 
 import torch
@@ -76,6 +77,8 @@ def int8_paged_attention_samples(device: torch.device, dtype: torch.dtype) -> It
             for num_padding in (0, 3):
                 q = torch.randn(sum(rows for rows, _ in pieces) + num_padding, heads, size, generator=generator)
                 cache, pages = _pages(generator, pieces, (kv_heads, size, block_size))
+                if num_padding:  # as in a captured step, of which the host says nothing
+                    pages = replace(pages, num_decodes=0, prefills=())
                 args = (q.to(device, dtype), *_moved(cache, pages, device), size**-0.5, window)
                 shape = (("num_heads", heads), ("num_kv_heads", kv_heads), ("head_size", size))
                 title = f"{name}, window {window}, {num_padding} rows of padding"
