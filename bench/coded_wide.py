@@ -38,7 +38,7 @@ from plexor.api import (
 from plexor.kernels.measure import Layer, tune
 from plexor.kernels.reference.rotary_kv_write import rotary_kv_write
 from plexor.kernels.tuning import Product
-from plexor_quant.kernels.triton.round_rows import round_gated, round_normed, round_rows
+from plexor_quant.kernels.triton.round_rows import round_normed, round_rows
 from plexor_quant.rounding import round_e4m3, round_int8
 
 CUDA = torch.device("cuda", 0)
@@ -230,7 +230,6 @@ def check_rounding() -> None:
             for name, got, dense in (
                 ("rows", round_rows(x, dtype), x),
                 ("normed", round_normed(x, gain, EPS, dtype), rms_norm(x, gain, EPS)),
-                ("gated", round_gated(x, dtype), silu_mul(x)),
             ):
                 want = [part.to(CUDA) for part in by_torch(dense.cpu())]  # where a division is one
                 off = (got[0].float() != want[0].float()).double().mean().item()
@@ -438,7 +437,6 @@ def time_long() -> None:
             ("rows of 4096", lambda d=dtype: round_rows(rows[:, :4096], d), 3 * 4096),
             ("rows of 14336", lambda d=dtype: round_rows(rows[:, :14336], d), 3 * 14336),
             ("normed 4096", lambda d=dtype: round_normed(rows[:, :4096], gain, EPS, d), 3 * 4096),
-            ("gated 14336", lambda d=dtype: round_gated(rows, d), 5 * 14336),
         ):
             took = seconds(lambda run=run: [run() for _ in range(repeats)], 5) / repeats
             print(f"{dtype} {title}: {took * 1e6:.1f} us, {num_rows * size / took / 1e12:.2f} TB/s")

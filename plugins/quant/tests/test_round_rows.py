@@ -1,17 +1,16 @@
-"""Rows rounded in one kernel, as they are, normed or gated, become the numbers of plain rounding."""
+"""Rows rounded in one kernel, as they are or normed, become the numbers of plain rounding."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from plexor_quant.rounding import round_e4m3, round_int8
 
 pytest.importorskip("triton")
 
-from plexor_quant.kernels.triton.round_rows import round_gated, round_normed, round_rows
+from plexor_quant.kernels.triton.round_rows import round_normed, round_rows
 
 EPS = 1e-5
 ROUND = {torch.float8_e4m3fn: round_e4m3, torch.int8: round_int8}
@@ -60,18 +59,6 @@ def test_rows_are_normed_and_rounded_to_their_dtype_first(
     normed = (wide * (wide.square().mean(1, keepdim=True) + EPS).rsqrt()).to(activations) * gain
     codes, scale = round_normed(x, gain, EPS, dtype)
     assert_close(codes, scale, normed, dtype)
-
-
-@pytest.mark.parametrize(("device", "activations"), DEVICES)
-@pytest.mark.parametrize("dtype", ROUND, ids=str)
-@pytest.mark.parametrize("size", [16, 100, 1000])
-def test_rows_are_gated_and_rounded_to_their_dtype_first(
-    size: int, dtype: torch.dtype, device: str, activations: torch.dtype
-) -> None:
-    x = draw(2 * size, activations, device)
-    gate, up = x.chunk(2, dim=1)
-    codes, scale = round_gated(x, dtype)
-    assert_close(codes, scale, functional.silu(gate.double()).to(activations) * up, dtype)
 
 
 def assert_close(codes: Tensor, scale: Tensor, dense: Tensor, dtype: torch.dtype) -> None:

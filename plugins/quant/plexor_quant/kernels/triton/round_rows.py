@@ -1,4 +1,4 @@
-"""Round rows to e4m3 or int8 with a scale for each: rows as they are, normed, or gated. One program holds a whole row.
+"""Round rows to e4m3 or int8 with a scale for each: rows as they are, or normed. One program holds a whole row.
 
 They give the very numbers of plexor_quant.rounding.
 """
@@ -64,22 +64,6 @@ def round_rows_kernel(
     store_codes(wide, codes, scale, row, feature, inside, size, largest, smallest, INTEGER)
 
 
-@triton.jit
-def round_gated_kernel(
-    x, codes, scale, size, stride, largest, smallest, WIDTH: tl.constexpr, INTEGER: tl.constexpr, PDL: tl.constexpr
-):
-    launch_next(PDL)
-    wait(PDL)
-    feature = tl.arange(0, WIDTH)
-    inside = feature < size
-    row = tl.program_id(0).to(tl.int64)
-    gate = tl.load(x + row * stride + feature, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(x + row * stride + size + feature, mask=inside, other=0.0).to(tl.float32)
-    opened = (gate * tl.sigmoid(gate)).to(x.dtype.element_ty).to(tl.float32)
-    gated = (opened * up).to(x.dtype.element_ty).to(tl.float32)
-    store_codes(gated, codes, scale, row, feature, inside, size, largest, smallest, INTEGER)
-
-
 def round_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """x [T, n] -> codes [T, n] in e4m3 or int8, scale float32 [T, 1]."""
     return _round(x, None, 0.0, dtype)
@@ -88,17 +72,6 @@ def round_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def round_normed(x: Tensor, gain: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """As `round_rows` of the root mean square norm of x with gain [n], rounded to x's dtype."""
     return _round(x, gain, eps, dtype)
-
-
-def round_gated(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """As `round_rows` of silu(first half) * second half of each row of x [T, 2 n], rounded to x's dtype."""
-    x, size = _adjacent(x), x.shape[1] // 2
-    codes, scale = _results(x, size, dtype)
-    if x.shape[0]:
-        round_gated_kernel[(x.shape[0],)](
-            x, codes, scale, size, x.stride(0), LARGEST[dtype], SMALLEST_SCALE, **_options(x, size, dtype)
-        )
-    return codes, scale
 
 
 def _round(x: Tensor, gain: Tensor | None, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
