@@ -15,6 +15,7 @@ from plexor.runtime.engine import Completion, Engine
 from plexor.runtime.request import SamplingParams
 
 WARM_UP_TOKENS = 16
+WARM_UP_REQUESTS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +56,23 @@ def run_once(engine: Engine, workload: Workload, repetition: int) -> Timing:
 
 
 def run_repeatedly(engine: Engine, workload: Workload, repeats: int) -> list[Timing]:
-    """A repetition of short answers that is not counted, for what is compiled and captured, and then the others."""
-    run_once(engine, replace(workload, new_tokens=min(workload.new_tokens, WARM_UP_TOKENS)), 0)
+    """Repetitions of short answers that are not counted, for what is compiled and captured, and then the others."""
+    for short in warm_ups(workload):
+        run_once(engine, short, 0)
     return [run_once(engine, workload, repetition) for repetition in range(1, repeats + 1)]
+
+
+def warm_ups(workload: Workload) -> tuple[Workload, ...]:
+    """Short runs that meet what a workload runs.
+
+    Where requests wait for each other's prompts, few of them fill steps with prompts, and all of them, with next to no
+    prompt, decode together.
+    """
+    short = replace(workload, new_tokens=min(workload.new_tokens, WARM_UP_TOKENS))
+    if workload.kind != "serve":
+        return (short,)
+    few = replace(short, requests=min(workload.requests, WARM_UP_REQUESTS))
+    return few, replace(short, prompt_tokens=min(workload.prompt_tokens, WARM_UP_TOKENS))
 
 
 def median(timings: list[Timing]) -> Timing:

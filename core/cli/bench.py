@@ -71,8 +71,7 @@ def _measure(arguments: argparse.Namespace, catalog: Catalog, workloads: tuple[W
 
     with _folder(arguments) as config:
         folder = find_folder(config, catalog)
-        starts = any(workload.kind == "start" for workload in workloads)
-        config = replace(settle_precision(config, catalog, folder), warm_up=not starts)
+        config = settle_precision(config, catalog, folder)
         measured = _run_engine(arguments, config, catalog, workloads)
         limits = find_limits(config, catalog, folder, tuple(measured.timings), _say)
         labels = make_labels(folder.path.name, config, choose_device(config.device), limits.plan, arguments.commit)

@@ -13,9 +13,10 @@ from plexor.benchmark.measure import (
     run_once,
     run_repeatedly,
     seconds_since_start,
+    warm_ups,
     why_not,
 )
-from plexor.benchmark.workloads import Workload
+from plexor.benchmark.workloads import Workload, parse_workloads
 from plexor.errors import PlexorError
 from plexor.runtime.request import Output
 
@@ -98,3 +99,12 @@ def test_the_median_is_of_each_time_by_itself() -> None:
 def test_a_process_has_been_running_for_a_while() -> None:
     earlier = seconds_since_start()
     assert 0 < earlier <= seconds_since_start() < 24 * 3600
+
+
+def test_serving_warms_up_with_few_requests_and_with_all_of_them() -> None:
+    (serve, decode) = parse_workloads("serve_1024_128,decode_bs8")
+    few, many = warm_ups(serve)
+    assert (few.requests, few.prompt_tokens, few.new_tokens) == (64, 1024, 16)
+    assert (many.requests, many.prompt_tokens, many.new_tokens) == (512, 16, 16)
+    (short,) = warm_ups(decode)
+    assert (short.requests, short.prompt_tokens, short.new_tokens) == (8, 128, 16)
