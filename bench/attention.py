@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
 from operator import itemgetter
 
@@ -106,7 +107,7 @@ def sweep_decodes() -> None:
             expected = attend_decodes(decode_tuning)(case.q, case.caches[0], case.pages)
             times = {}
             for variant in variants:
-                attend = attend_decodes(lambda num_rows, size, element_bytes, variant=variant: variant)
+                attend = attend_decodes(partial(_chosen, variant))
                 torch.testing.assert_close(attend(case.q, case.caches[0], case.pages), expected, rtol=2e-2, atol=1e-2)
                 times[variant] = timed(case, attend)
             print(f"decode {num_sequences} x {length}, {storage}")
@@ -233,7 +234,7 @@ def bind(kernel: Kernel) -> Attend:
     return lambda q, cache, pages: function(q, cache, pages, HEAD_SIZE**-0.5, None)
 
 
-def attend_decodes(tuning: Callable[[int, int], DecodeTuning]) -> Attend:
+def attend_decodes(tuning: Callable[[int, int, int], DecodeTuning]) -> Attend:
     kernel = DecodeAttention(tuning)
 
     def attend(q: Tensor, cache: LayerCache, pages: Pages) -> Tensor:
@@ -269,7 +270,12 @@ def timed(case: Case, attend: Attend) -> float:
         ended.record()
         ended.synchronize()
         times.append(started.elapsed_time(ended) / 1e3 / len(case.caches))
-    return statistics.median(times)
+    seconds: float = statistics.median(times)
+    return seconds
+
+
+def _chosen(variant: DecodeTuning, num_rows: int, size: int, element_bytes: int) -> DecodeTuning:
+    return variant
 
 
 def as_rate(case: Case, seconds: float) -> str:
