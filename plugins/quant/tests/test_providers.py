@@ -10,6 +10,8 @@ import torch
 from plexor.api import Facts, KernelTable
 from plexor.testing.kernels import cases, check_kernel, reason_to_skip
 from plexor_quant import plugin
+from plexor_quant.kernels.torch import fp8_linear, int8_linear
+from plexor_quant.rounding import round_e4m3, round_int8
 
 TABLE = KernelTable(plugin.ops(), plugin.kernels())
 CPU = torch.device("cpu")
@@ -32,7 +34,10 @@ def test_provider_agrees_with_reference(op: str, provider: str, dtype: torch.dty
 
 
 @pytest.mark.parametrize("op", PORTABLE)
-def test_product_of_torch_agrees_on_a_cpu(op: str) -> None:
+def test_product_of_torch_agrees_on_a_cpu(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over codes rounded by torch: Triton's interpreter halves e4m3 numbers that are rounded up to a power of two."""
+    for module, exact in ((fp8_linear, round_e4m3), (int8_linear, round_int8)):
+        monkeypatch.setattr(module, "round_rows", lambda x, _, exact=exact: exact(x))
     check_kernel(PORTABLE[op], op, "torch", CPU, torch.bfloat16)
 
 
