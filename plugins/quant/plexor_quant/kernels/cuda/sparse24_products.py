@@ -11,8 +11,9 @@ from torch import Tensor
 
 from plexor.api import LINEAR_HEADER, Program, load_program, num_multiprocessors
 
-MAX_ROWS = 32
-"""Rows of x that are streamed to: with more, x takes more of the L2's bandwidth than the weight."""
+MAX_ROWS = 16
+"""Rows of x that are streamed to. The kernel can take 32, and x that does not stay in shared memory; neither has been
+held to the reference on a GPU yet, so that `streams` refuses them (`python bench/sparse24.py` checks both)."""
 
 RESIDENT_BYTES = 96 << 10
 """Of x that a block of threads keeps in shared memory: two blocks share a multiprocessor's."""
@@ -95,6 +96,7 @@ def streams(x: Tensor, kept: Tensor, index: Tensor) -> bool:
     """Whether there are rows, few enough, and everything can be loaded in whole chunks."""
     return (
         0 < x.shape[0] <= MAX_ROWS
+        and _resident_bytes(x) <= RESIDENT_BYTES
         and x.dtype in (torch.bfloat16, torch.float16)
         and x.shape[1] % CHUNK == 0
         and x.stride(1) == 1
@@ -128,8 +130,7 @@ def stream(x: Tensor, kept: Tensor, index: Tensor, scale: Tensor | None, cut: Cu
 
 
 def stream_program(cut: Cut, x: Tensor, weight_dtype: torch.dtype) -> Program:
-    num_rows, num_inputs = x.shape
-    resident_bytes = num_rows * (num_inputs + 8) * 2  # token_stride of sparse24_linear.cu
+    num_rows, resident_bytes = x.shape[0], _resident_bytes(x)
     resident = resident_bytes <= RESIDENT_BYTES
     defines = {
         "TILES_M": cut.tiles,
@@ -144,6 +145,10 @@ def stream_program(cut: Cut, x: Tensor, weight_dtype: torch.dtype) -> Program:
         "NARROW": 0,
     }
     return load_program((LINEAR_HEADER, _STREAM), defines, cut.warps * 32, resident_bytes if resident else 0)
+
+
+def _resident_bytes(x: Tensor) -> int:
+    return x.shape[0] * (x.shape[1] + 8) * 2  # token_stride of sparse24_linear.cu
 
 
 def widens(x: Tensor, kept: Tensor, index: Tensor) -> bool:
