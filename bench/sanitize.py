@@ -9,8 +9,11 @@ Run it without a tool first: machine code is kept on disk, so the tools find it 
 memcheck would name those with which cuda.bindings asks, when it is used first, for functions that the driver lacks
 (cuGetProcAddress_v2, 34 of them with CUDA 13.0); a call of Plexor's own that fails ends the run. Results are compared
 with the references on the CPU, so nothing but these kernels runs on the GPU. Each tensor is an allocation of its own,
-so that memcheck sees its end. `--kernel stream_linear` leaves out the other kernel. Kernels of coded weights:
-`compute-sanitizer --tool memcheck python bench/coded.py --check`.
+so that memcheck sees its end. `--kernel stream_linear` leaves out the other kernel.
+
+Other kernels have checks of their own to run in its place: `bench/coded.py --check` and `bench/coded_w4.py check` for
+coded weights, `bench/decode_attention.py check` for attention. racecheck does not see what the copy engine overwrites:
+`tests/gpu/test_replays.py` looks for that.
 """
 
 from __future__ import annotations
