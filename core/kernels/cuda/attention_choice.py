@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import torch
 
 from plexor.extension.specs import Facts
+from plexor.kernels.cuda.refusal import has_bindings, refuses_launches
 from plexor.kernels.triton.paged_attention import AttendDecodes
 
 HEAD_SIZES = (64, 128)
@@ -61,14 +61,12 @@ def refuses(facts: Facts) -> str | None:
     group = facts.shape.get("num_heads", 1) // facts.shape.get("num_kv_heads", 1)
     if group > MOST_GROUP:
         return f"takes at most {MOST_GROUP} query heads for each KV head, not {group}"
-    if facts.device == "cuda" and find_spec("cuda") is None:
-        return "needs cuda.bindings, which comes with torch for CUDA: pip install cuda-bindings"
-    return None
+    return refuses_launches(facts)
 
 
 def decodes_here() -> AttendDecodes | None:
     """Clusters of blocks for few rows where they can be launched; None leaves all rows to Triton."""
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9 or find_spec("cuda") is None:
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9 or not has_bindings():
         return None
     from plexor.kernels.cuda.paged_attention import Decodes
 

@@ -22,6 +22,16 @@ def refuses_tiles(facts: Facts, num_outputs: int, num_inputs: int) -> str | None
             f"copies boxes of {num_inputs} inputs for tiles of {num_outputs} outputs, "
             f"which {inputs} and {outputs} are not multiples of"
         )
-    if facts.device == "cuda" and find_spec("cuda") is None:
+    return refuses_launches(facts)
+
+
+def refuses_launches(facts: Facts) -> str | None:
+    """The reason against any kernel in CUDA C++, whatever its sizes, or None."""
+    if facts.device == "cuda" and not has_bindings():
         return "needs cuda.bindings, which comes with torch for CUDA: pip install cuda-bindings"
     return None
+
+
+def has_bindings() -> bool:
+    """Whether there is what compiles and launches kernels in CUDA C++."""
+    return find_spec("cuda") is not None
